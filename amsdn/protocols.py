@@ -1,0 +1,77 @@
+"""What the rest of the package assumes of a classifier, and what a defence may declare about itself.
+
+A classifier maps images, float32 [B,3,H,W] in [0,1], to logits [B,K]; normalisation is its own business.
+Attacks and evaluation know nothing else, so any PyTorch module that does this can be attacked and evaluated.
+
+A defence says the truth about itself by two optional attributes, and evaluation applies the matching
+countermeasure without being asked:
+
+- ``stochastic = True``: the output varies from call to call; attacks then average over draws (EOT).
+- ``differentiable_surrogate()``: a module to take gradients through where the real forward has none (BPDA).
+"""
+
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from amsdn.errors import InputError
+
+
+class Classifier(Protocol):
+    """images float32 [B,3,H,W] in [0,1] -> logits [B,K]."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Analysis(Protocol):
+    """What a detecting defence says about a batch besides its logits [B,K]."""
+
+    logits: Tensor
+    anomaly_score: Tensor  # [B] in [0,1]
+    detected: Tensor  # [B] bool
+    anomaly_map: Tensor  # [B,1,H,W] in [0,1]
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """A classifier that can also say which images look attacked, and where."""
+
+    def analyze(self, x: Tensor, /) -> Analysis: ...
+
+
+def is_stochastic(model: object) -> bool:
+    """Whether two forward passes on one image may differ by design."""
+    return bool(getattr(model, "stochastic", False))
+
+
+def surrogate_of(model: nn.Module) -> nn.Module | None:
+    """The model's own differentiable stand-in, or None where its gradients are already honest."""
+    make = getattr(model, "differentiable_surrogate", None)
+    return cast("nn.Module | None", make()) if callable(make) else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters live; the CPU for a model without any."""
+    tensors: Any = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def check_images(x: Tensor, where: str) -> None:
+    """Raise InputError unless ``x`` is a float batch [B,3,H,W] of finite values in [0,1]."""
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise InputError(f"{where}: images must have shape [B,3,H,W], got {list(x.shape)}; stack them and repeat grey channels")
+    if not x.is_floating_point():
+        raise InputError(f"{where}: images must be floating point in [0,1], got {x.dtype}; divide uint8 by 255")
+    if x.numel() == 0:
+        raise InputError(f"{where}: the batch is empty, shape {list(x.shape)}; pass at least one image")
+    low, high = (float(v) for v in torch.aminmax(x))
+    if not (low >= 0.0 and high <= 1.0):  # also true of NaN
+        raise InputError(f"{where}: pixels must lie in [0,1] and be finite, got range [{low:.3g}, {high:.3g}]; undo any normalisation")
+
+
+def check_eval_mode(model: object, where: str) -> None:
+    """Raise InputError if any part of the model is in train mode (batch statistics would leak between images)."""
+    if isinstance(model, nn.Module) and any(m.training for m in model.modules()):
+        raise InputError(f"{where}: the classifier is in train mode; call model.eval() first")

@@ -1,0 +1,62 @@
+"""The losses that training adds to cross-entropy, each a small pure function.
+
+Maps are supervised by where the image truly changed, purified features are pulled to those that an
+averaged teacher sees on the clean image, and noisy copies are made to agree.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def level_targets(changed: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Where the image changed, [B,1,H,W] bool -> the target of each level's anomaly map, [B,1,h,w] in [0,1].
+
+    On the finest level a cell is anomalous if any of its pixels changed (one pixel spoils a stride-2 cell).
+    A coarser cell's target is the share of its finest-level cells that are: a location worth rebuilding is
+    one that is mostly attacked, and a lone pixel must not condemn a quarter of the image.
+    """
+    finest = F.adaptive_max_pool2d(changed.float(), sizes[0])
+    return [F.adaptive_avg_pool2d(finest, size) for size in sizes]
+
+
+def anomaly_map_loss(level_logits: Sequence[Tensor], changed: Tensor, positive_weight: float = 4.0) -> Tensor:
+    """Binary cross-entropy of every level's map against the true change, averaged over levels; scalar.
+
+    Attacked cells are few, so they weigh ``positive_weight`` times as much as clean ones.
+    """
+    targets = level_targets(changed, [(m.shape[2], m.shape[3]) for m in level_logits])
+    weight = torch.tensor(positive_weight, device=changed.device)
+    terms = [
+        F.binary_cross_entropy_with_logits(m.float(), t, pos_weight=weight) for m, t in zip(level_logits, targets, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def feature_pull(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over levels and locations of 1 - cosine similarity across channels; scalar, zero when they agree."""
+    terms = [
+        1 - F.cosine_similarity(s.float(), t.detach().float(), dim=1, eps=1e-6).mean() for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def noise_consistency(logits_a: Tensor, logits_b: Tensor) -> Tensor:
+    """How far two noisy copies' predictions lie from their mean: KL(mean || each), averaged; scalar.
+
+    The regulariser of Jeong and Shin 2020 (Consistency Regularization for Certified Robustness, eq. 4), m = 2.
+    """
+    log_a, log_b = logits_a.float().log_softmax(1), logits_b.float().log_softmax(1)
+    mean = (log_a.exp() + log_b.exp()) / 2
+    log_mean = mean.clamp_min(1e-12).log()
+    return ((mean * (log_mean - log_a)).sum(1) + (mean * (log_mean - log_b)).sum(1)).mean() / 2
+
+
+def instance_logits(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """Scaled cosine similarity of embeddings [B,E] to a bank [N,E] -> [B,N]: a classifier over the bank's images.
+
+    Its cross-entropy with label i for image i is InfoNCE (van den Oord et al. 2018).
+    """
+    return F.normalize(embedding.float(), dim=1) @ F.normalize(bank.float(), dim=1).T / temperature
