@@ -236,13 +236,13 @@ class PatchRegion(ThreatModel):
         return torch.maximum(_extent(changed.any(2)), _extent(changed.any(1))).float()
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        self._check_fits(x)
         rows, columns = self.random_corners(x, generator)
         colour = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return torch.where(square_mask(rows, columns, self.size, x), colour, x)
 
     def random_corners(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """A uniformly drawn top-left corner for each image: rows [B], columns [B]."""
+        """A uniformly drawn top-left corner for each image: rows [B], columns [B]. Raises InputError if the patch does not fit."""
+        self._check_fits(x)
         height, width = x.shape[2:]
         rows = torch.randint(height - self.size + 1, (len(x),), generator=generator, device=x.device)
         columns = torch.randint(width - self.size + 1, (len(x),), generator=generator, device=x.device)

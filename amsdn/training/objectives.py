@@ -35,6 +35,15 @@ def anomaly_map_loss(level_logits: Sequence[Tensor], changed: Tensor, positive_w
     return torch.stack(terms).mean()
 
 
+def detector_losses(level_logits: Sequence[Tensor], anomaly_logit: Tensor, changed: Tensor) -> dict[str, Tensor]:
+    """The losses that teach a detector where (maps) and whether (one logit [B]) an image was changed [B,1,H,W]."""
+    attacked = changed.flatten(1).any(1).float()
+    return {
+        "anomaly_map": anomaly_map_loss(level_logits, changed),
+        "detection": F.binary_cross_entropy_with_logits(anomaly_logit.float(), attacked),
+    }
+
+
 def feature_pull(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over levels and locations of 1 - cosine similarity across channels; scalar, zero when they agree."""
     terms = [

@@ -1,0 +1,316 @@
+"""The contract of every attack: what it may ask of a model, what it must return, who checks it.
+
+An attack is a frozen dataclass: it is its own configuration. A subclass writes ``perturb``; the base class checks
+the input, checks that every returned image lies in the threat model, and rescores it on the real model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from amsdn.attacks.adaptive import Forward, bpda, expected_logits, frozen, reproducible, vote_logits
+from amsdn.attacks.losses import Goal, Loss, margin
+from amsdn.errors import InputError, ThreatViolation
+from amsdn.protocols import Classifier, check_eval_mode, check_images, is_stochastic, surrogate_of
+from amsdn.threats import ThreatModel
+
+RESCORE_DRAWS = 25  # calls over which a random model's answer is put to the vote; odd, see vote_logits
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack made of a batch; every field is per sample.
+
+    ``margin`` is the true label's logit minus the best other, also for a targeted attack. For a stochastic model,
+    prediction, margin and success come from the vote of ``RESCORE_DRAWS`` calls. ``forwards`` and ``backwards``
+    are what the attacker spent; the base class's own rescoring is not counted.
+    """
+
+    x_adv: Tensor  # [B,3,H,W] float32, a member of the threat model around x
+    success: Tensor  # [B] bool: the goal is reached on the real model
+    prediction: Tensor  # [B] int64
+    margin: Tensor  # [B] float32
+    spent: Tensor  # [B] float32, in the unit of the threat's budget
+    forwards: Tensor  # [B] int64
+    backwards: Tensor  # [B] int64
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A classifier as one attack run sees it: adaptive (BPDA, EOT), free of weight gradients, and counted.
+
+    ``rows`` says which samples of the original batch a view holds; all views count into the same two tensors.
+    """
+
+    value: Forward  # the real model
+    differentiable: Forward  # the same values, with gradients that can be trusted
+    value_cost: int  # forward passes per differentiable call
+    stochastic: bool
+    eot_samples: int
+    forwards: Tensor  # [N] int64, of the original batch
+    backwards: Tensor  # [N] int64
+    rows: Tensor  # [B] int64
+    modules: tuple[object, ...]  # everything whose parameters the passes may touch
+
+    @classmethod
+    def of(cls, model: Classifier, size: int, device: torch.device, eot_samples: int = 1) -> "Victim":
+        """The model as it declares itself (see amsdn.protocols), for a batch of ``size`` samples."""
+        surrogate = surrogate_of(model) if isinstance(model, nn.Module) else None
+        differentiable, cost = (model, 1) if surrogate is None else (surrogate, 1)
+        if surrogate is not None and not getattr(surrogate, "matches_forward", False):
+            differentiable, cost = bpda(model, surrogate), 2
+        counts = torch.zeros(2, size, dtype=torch.int64, device=device)
+        rows = torch.arange(size, device=device)
+        return cls(model, differentiable, cost, is_stochastic(model), eot_samples, counts[0], counts[1], rows, (model, surrogate))
+
+    @property
+    def draws(self) -> int:
+        """Model calls per query: EOT only where the model says that it is random."""
+        return self.eot_samples if self.stochastic else 1
+
+    def select(self, rows: Tensor) -> "Victim":
+        """A view of the samples that the index or mask ``rows`` chooses from this view."""
+        return replace(self, rows=self.rows[rows])
+
+    def averaging(self, eot_samples: int) -> "Victim":
+        """The same victim with another number of EOT draws per query."""
+        return replace(self, eot_samples=eot_samples)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [B,3,H,W] -> logits [B,K] float32 without gradients (EOT: log of the mean probability)."""
+        self._count(x, forwards=self.draws, backwards=0)
+        with torch.no_grad():
+            return expected_logits(self.value, x, self.draws)
+
+    def gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,3,H,W], logits -> loss [B]: the gradient [B,3,H,W] of each loss by its image, the loss, the logits.
+
+        One differentiable pass per EOT draw, whatever the loss. Entries that are not finite become zero, and a model
+        without any gradient gives zeros: a masked gradient is a finding for the evaluation, not a crash.
+        """
+        self._count(x, forwards=self.draws * self.value_cost, backwards=self.draws)
+        leaf = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = expected_logits(self.differentiable, leaf, self.draws)
+            value = loss(logits)
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True, materialize_grads=True)
+            else:
+                gradient = torch.zeros_like(x)
+        return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0), value.detach(), logits.detach()
+
+    def _count(self, x: Tensor, *, forwards: int, backwards: int) -> None:
+        assert len(x) == len(self.rows), f"{len(x)} images for a view of {len(self.rows)} samples"
+        self.forwards[self.rows] += forwards
+        if backwards:
+            self.backwards[self.rows] += backwards
+
+
+class ActiveSet:
+    """The samples that an attack still works on, and the best image found so far for each.
+
+    ``victim``, ``x``, ``goal`` and ``threat`` are views of the active samples and shrink as samples finish.
+    With ``drop=False`` (training) nothing leaves and a fooled sample may still get worse.
+    """
+
+    def __init__(self, victim: Victim, x: Tensor, goal: Goal, threat: ThreatModel, *, drop: bool = True) -> None:
+        self.victim, self.x, self.goal, self.threat, self.drop = victim, x, goal, threat, drop
+        self._out, self._best = x.clone(), x
+        self._rows = torch.arange(len(x), device=x.device)
+        self._score = torch.full((len(x),), -torch.inf, device=x.device)
+        self._done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        # Looking whether anything is finished waits for the device, so an accelerator is asked less often.
+        self._every, self._tick = (1 if x.device.type == "cpu" else 8), 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def gradient(self, x_adv: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+        """Victim.gradient of ``loss`` towards the active samples' goal."""
+        return self.victim.gradient(x_adv, lambda logits: loss(logits, self.goal))
+
+    def query(self, x_adv: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The loss [B] and logits [B,K] of the active samples' images, without gradients."""
+        logits = self.victim.logits(x_adv)
+        return loss(logits, self.goal), logits
+
+    def record(self, x_adv: Tensor, score: Tensor, logits: Tensor) -> Tensor | None:
+        """Keep what is better; if samples left, the positions that stay (index every own tensor by them), else None."""
+        better = score > self._score
+        if self.drop:
+            reached = self.goal.reached(logits)
+            better = (better | reached) & ~self._done
+            self._done = self._done | reached
+        self._best = torch.where(better.reshape(-1, 1, 1, 1), x_adv, self._best)
+        self._score = torch.where(better, score, self._score)
+        self._tick += 1
+        return self._shrink() if self.drop and self._tick % self._every == 0 else None
+
+    def _shrink(self) -> Tensor | None:
+        stay = (~self._done).nonzero().squeeze(1)
+        if len(stay) == len(self):
+            return None
+        self._out[self._rows] = self._best
+        self._best, self._score, self._done, self._rows = (t[stay] for t in (self._best, self._score, self._done, self._rows))
+        self.victim, self.x = self.victim.select(stay), self.x[stay]
+        self.goal, self.threat = self.goal.select(stay), self.threat.select(stay)
+        return stay
+
+    def result(self) -> Tensor:
+        """The best image recorded for every sample of the original batch, [B,3,H,W]."""
+        self._out[self._rows] = self._best
+        return self._out
+
+    def conclude(self, x_adv: Tensor, loss: Loss) -> Tensor:
+        """The result of an iteration that ended at ``x_adv``: the last image when training, else the best, it included."""
+        if not self.drop:
+            return x_adv
+        if len(self):
+            self.record(x_adv, *self.query(x_adv, loss))
+        return self.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """An attack within one threat model. Subclasses are frozen dataclasses and write ``threat`` and ``perturb``.
+
+    ``eot_samples``: model calls per query if the model is stochastic. ``stop_when_fooled``: a sample leaves once its
+    goal is reached and the best image is kept; adversarial training turns this off and takes the last image.
+    """
+
+    eot_samples: int = 16
+    stop_when_fooled: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.eot_samples >= 1, self, "eot_samples must be at least 1", self.eot_samples)
+        _ = self.threat  # its constructor checks the budget
+
+    @property
+    @abstractmethod
+    def threat(self) -> ThreatModel:
+        """The set of images that this attack may return."""
+
+    @abstractmethod
+    def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
+        """x [B,3,H,W] -> attacked images [B,3,H,W], all members of ``threat`` around x; x is left as it is."""
+
+    @final
+    def craft(self, model: Classifier, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Attacked images for training: perturbed and checked for membership, not rescored, no input checks.
+
+        The caller puts the model into eval mode. Parameters keep their gradients and whether they want any.
+        """
+        x = x.detach().float()
+        return self._run(Victim.of(model, len(x), x.device, self.eot_samples), x, Goal(y), on_device(generator, x))
+
+    @final
+    def __call__(
+        self, model: Classifier, x: Tensor, y: Tensor, *, targets: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> AttackResult:
+        """Attack x [B,3,H,W] with labels y [B], towards ``targets`` [B] if given; without a generator, seed 0.
+
+        A sample whose goal is reached by the clean image is a success with x_adv = x after one query. Raises
+        InputError for a model in train mode, unusable images, labels or targets; ThreatViolation if ``perturb``
+        returned an image outside the threat model.
+        """
+        where = type(self).__name__
+        check_images(x, where)
+        check_eval_mode(model, where)
+        x = x.detach().float()
+        _check_indices(y, x, where, "labels")
+        if targets is not None:
+            _check_indices(targets, x, where, "targets")
+        y, targets = y.long(), None if targets is None else targets.long()
+        goal = Goal(y) if targets is None else Goal(targets, targeted=True)
+        generator = on_device(generator, x)
+        victim = Victim.of(model, len(x), x.device, self.eot_samples)
+        with ExitStack() as stack:
+            if victim.stochastic:
+                stack.enter_context(reproducible(x, generator))
+            logits = _rescore(victim, x)
+            victim.forwards.add_(RESCORE_DRAWS if victim.stochastic else 1)
+            _check_logits(logits, x, y, targets, where)
+            x_adv = x.clone()
+            standing = (~goal.reached(logits)).nonzero().squeeze(1)
+            if len(standing):
+                inputs = victim.select(standing), x[standing], goal.select(standing)
+                x_adv[standing] = self._run(*inputs, generator)
+                logits[standing] = _rescore(victim, x_adv[standing])
+        return AttackResult(
+            x_adv=x_adv,
+            success=goal.reached(logits),
+            prediction=logits.argmax(1),
+            margin=margin(logits, y),
+            spent=self.threat.spent(x_adv, x),
+            forwards=victim.forwards,
+            backwards=victim.backwards,
+        )
+
+    def threat_on(self, victim: Victim) -> ThreatModel:
+        """The threat of the samples in a view, where budgets are given per image."""
+        return self.threat.select(victim.rows)
+
+    def active(self, victim: Victim, x: Tensor, goal: Goal) -> ActiveSet:
+        """A fresh active set of the given samples, under this attack's threat and settings."""
+        return ActiveSet(victim, x, goal, self.threat_on(victim), drop=self.stop_when_fooled)
+
+    def _run(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
+        with frozen(*victim.modules):
+            x_adv = self.perturb(victim, x, goal, generator).detach()
+        threat = self.threat_on(victim)
+        inside = threat.contains(x_adv, x)
+        if not bool(inside.all()):
+            first = int((~inside).int().argmax())
+            spent = float(threat.spent(x_adv, x)[first])
+            low, high = (float(v) for v in torch.aminmax(x_adv[first]))
+            raise ThreatViolation(
+                f"{type(self).__name__}: sample {int(victim.rows[first])} of the batch is outside {threat.describe()}: "
+                f"it spends {spent:g}, pixels in [{low:g}, {high:g}]; this is a bug in the attack"
+            )
+        return x_adv
+
+
+def require(condition: bool, attack: object, what: str, value: object) -> None:
+    """Raise InputError about a setting of an attack."""
+    if not condition:
+        raise InputError(f"{type(attack).__name__}: {what}, got {value}")
+
+
+def on_device(generator: torch.Generator | None, x: Tensor) -> torch.Generator:
+    """A generator that draws on x's device: the given one, a child of it where it lives elsewhere, or seed 0."""
+    if generator is not None and generator.device.type == x.device.type:
+        return generator
+    seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return torch.Generator(device=x.device).manual_seed(seed)
+
+
+def _rescore(victim: Victim, x: Tensor) -> Tensor:
+    """The real model's answer, uncounted: one call, or the vote of many for a random model."""
+    with torch.no_grad():
+        return vote_logits(victim.value, x, RESCORE_DRAWS) if victim.stochastic else victim.value(x).float()
+
+
+def _check_indices(classes: Tensor, x: Tensor, where: str, what: str) -> None:
+    whole = not (classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool)
+    if not whole or classes.shape != x.shape[:1] or classes.device != x.device:
+        raise InputError(
+            f"{where}: {what} must be whole numbers [{len(x)}] on {x.device}, "
+            f"got {classes.dtype} {list(classes.shape)} on {classes.device}; pass one class index per image"
+        )
+
+
+def _check_logits(logits: Tensor, x: Tensor, y: Tensor, targets: Tensor | None, where: str) -> None:
+    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise InputError(f"{where}: the classifier must return logits [{len(x)},K] with K >= 2, got {list(logits.shape)}")
+    for what, classes in (("label", y), ("target", targets)):
+        wrong = None if classes is None else (classes < 0) | (classes >= logits.shape[1])
+        if wrong is not None and bool(wrong.any()):
+            i = int(wrong.int().argmax())
+            raise InputError(f"{where}: {what} {int(classes[i])} of sample {i} is outside the {logits.shape[1]} classes; check the data")  # type: ignore[index]
+    if targets is not None and bool((targets == y).any()):
+        raise InputError(f"{where}: the target of sample {int((targets == y).int().argmax())} is its label; choose another class")

@@ -1,0 +1,69 @@
+"""Attacks made of attacks: restarts, and cascades that take the per-image worst case."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amsdn.attacks.base import Attack, Victim, require
+from amsdn.attacks.losses import MARGIN, Goal
+from amsdn.threats import ThreatModel
+
+
+@dataclass(frozen=True)
+class _Composite(Attack):
+    """Runs each part on what still stands and keeps, per image, the result of best margin.
+
+    Each part uses its own ``eot_samples``; the composite's own are spent on scoring the parts' results, which costs
+    one query per sample and part.
+    """
+
+    def _worst_of(self, parts: Iterable[Attack], victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
+        active = self.active(victim, x, goal)
+        for part in parts:
+            x_adv = part.perturb(active.victim.averaging(part.eot_samples), active.x, active.goal, generator)
+            active.record(x_adv, *active.query(x_adv, MARGIN))
+            if not len(active):
+                break
+        return active.result()
+
+
+@dataclass(frozen=True)
+class Restarts(_Composite):
+    """The same attack ``n`` times from fresh randomness; a fooled image is not attacked again."""
+
+    attack: Attack
+    n: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.n >= 1, self, "n must be at least 1", self.n)
+
+    @property
+    def threat(self) -> ThreatModel:
+        return self.attack.threat
+
+    def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
+        return self._worst_of([self.attack] * self.n, victim, x, goal, generator)
+
+
+@dataclass(frozen=True)
+class Cascade(_Composite):
+    """Several attacks of one threat model, one after the other on what still stands; cheap ones belong first."""
+
+    attacks: tuple[Attack, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.attacks) >= 1, self, "at least one attack is needed", self.attacks)
+        super().__post_init__()
+        for other in self.attacks[1:]:
+            same = self.threat.includes(other.threat) and other.threat.includes(self.threat)
+            require(same, self, f"all parts must share the threat {self.threat.describe()}", other.threat.describe())
+
+    @property
+    def threat(self) -> ThreatModel:
+        return self.attacks[0].threat
+
+    def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
+        return self._worst_of(self.attacks, victim, x, goal, generator)

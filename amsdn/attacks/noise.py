@@ -1,0 +1,35 @@
+"""Random noise: what an attack must beat to be called one."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amsdn.attacks.base import Attack, Victim, require
+from amsdn.attacks.losses import MARGIN, Goal
+from amsdn.threats import LinfBall, ThreatModel
+
+
+@dataclass(frozen=True)
+class RandomNoise(Attack):
+    """The best, by margin, of ``samples`` random members of the threat model ``within``."""
+
+    within: ThreatModel = LinfBall(8 / 255)  # noqa: RUF009 (frozen, so it may be shared)
+    samples: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.samples >= 1, self, "samples must be at least 1", self.samples)
+
+    @property
+    def threat(self) -> ThreatModel:
+        return self.within
+
+    def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
+        active = self.active(victim, x, goal)
+        for _ in range(self.samples):
+            x_adv = active.threat.sample(active.x, generator)
+            active.record(x_adv, *active.query(x_adv, MARGIN))
+            if not len(active):
+                break
+        return active.result()

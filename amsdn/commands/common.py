@@ -1,0 +1,120 @@
+"""What the commands share: opening data and models, and saying where a result came from."""
+
+import dataclasses
+import datetime
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from amsdn.data import Dataset, load_dataset
+from amsdn.errors import InputError
+from amsdn.models.amsdn import AMSDN
+from amsdn.models.storage import load_model
+from amsdn.records import canonical, write_json
+from amsdn.utils.helpers import command_line, commit, hardware, versions
+
+ABOUT_FILE = "about.json"  # beside the weights: what the classes are called and how large the images were
+
+
+def open_data(name: str, root: Path | None, limit: int | None, device: torch.device, image_size: int | None = None) -> Dataset:
+    """The data set that ``--data``, ``--data-root`` and ``--limit`` name, on the device."""
+    if limit is not None and limit < 2:
+        raise InputError(f"--limit must be at least 2, got {limit}")
+    return load_dataset(name, root=root, limit=limit, image_size=image_size).to(device)
+
+
+def open_model(model: str, device: torch.device) -> nn.Module:
+    """``--model``: a folder written by AMSDN, or ``module:function`` whose call returns a torch classifier; in eval mode."""
+    if ":" in model and not Path(model).exists():
+        return _call_factory(model).to(device).eval()
+    return load_model(model, device)
+
+
+def _call_factory(spec: str) -> nn.Module:
+    module_name, _, function_name = spec.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(module_name), function_name)()
+    except (ImportError, AttributeError, TypeError) as e:
+        raise InputError(f"--model {spec}: cannot call it ({e}); give a model folder, or module:function taking no arguments") from e
+    finally:
+        sys.path.pop(0)
+    if not isinstance(made, nn.Module):
+        raise InputError(f"--model {spec}: returned {type(made).__name__}; it must return a torch.nn.Module")
+    return made
+
+
+def check_classes(model: nn.Module, dataset: Dataset, where: str) -> None:
+    """Raise InputError if our own model was made for another number of classes than the data has."""
+    if isinstance(model, AMSDN) and model.config.num_classes != len(dataset.classes):
+        raise InputError(
+            f"{where}: tells {model.config.num_classes} classes apart, but {dataset.name} has {len(dataset.classes)}; use the data it was trained on"
+        )
+
+
+def write_about(folder: Path, dataset: Dataset) -> None:
+    """Keep beside the weights what predictions are called."""
+    write_json(folder / ABOUT_FILE, {"data": dataset.name, "classes": list(dataset.classes), "image_size": dataset.image_size})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises InputError where it is missing or broken."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: missing or not JSON ({type(e).__name__}); make it again with the amsdn command that writes it") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}, not a JSON object; make it again with the amsdn command that writes it")
+    return value
+
+
+def read_about(folder: Path) -> tuple[list[str], int]:
+    """The class names and the image size that ``write_about`` kept; raises InputError where they are missing or broken."""
+    about = read_json(folder / ABOUT_FILE)
+    try:
+        return [str(c) for c in about["classes"]], int(about["image_size"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{folder / ABOUT_FILE}: lacks class names or image size; use a model folder that an amsdn training stage wrote") from e
+
+
+def provenance(device: torch.device, **more: Any) -> dict[str, Any]:
+    """Command, commit, time, versions and machine, with whatever else the caller adds."""
+    return {
+        "command": command_line(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(device),
+        **more,
+    }
+
+
+def describe_model(model: nn.Module, fingerprint: str) -> dict[str, Any]:
+    """The model's part of run.json."""
+    config = canonical(model.config) if isinstance(model, AMSDN) else {"class": type(model).__name__}
+    described: dict[str, Any] = {
+        "config": config,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "fingerprint": fingerprint,
+        "detection_threshold": None,
+        "false_positive_rate": None,
+    }
+    if isinstance(model, AMSDN) and model.has_detector:
+        described["detection_threshold"] = float(model.detection_threshold)
+        described["false_positive_rate"] = float(model.false_positive_rate)
+    return described
+
+
+def describe_data(dataset: Dataset, samples: int) -> dict[str, Any]:
+    """The data's part of run.json."""
+    return {"name": dataset.name, "split": "test", "samples": samples, "classes": list(dataset.classes), "image_size": dataset.image_size}
+
+
+def settings_of(config: Any) -> Any:
+    """A configuration as JSON, for run.json."""
+    return canonical(config) if dataclasses.is_dataclass(config) else config

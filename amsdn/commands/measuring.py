@@ -1,0 +1,73 @@
+"""Evaluating and certifying one model into a run folder: what ``evaluate``, ``certify``, ``attack`` and the demo share."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from amsdn.attacks import Attack
+from amsdn.commands.common import describe_data, describe_model, provenance, read_json
+from amsdn.data import Dataset
+from amsdn.errors import InputError
+from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
+from amsdn.evaluation.run_folder import model_fingerprint
+from amsdn.records import EvalRecord, canonical, write_json
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement is about: a model, data and where the results go."""
+
+    model: nn.Module
+    name: str  # the --model argument, for provenance
+    dataset: Dataset
+    out: Path
+    device: torch.device
+
+
+def measure(run: Measured, attacks: Mapping[str, Attack], config: EvaluateConfig, samples: int | None, headline: Mapping[str, float]) -> list[EvalRecord]:
+    """Attack the first ``samples`` test images (None: all) and write the run folder with its provenance."""
+    count = min(samples or len(run.dataset.test), len(run.dataset.test))
+    started = time.monotonic()
+    records = evaluate(run.model, run.dataset.test, attacks, run.out, config, sample_ids=range(count))
+    update_run_json(
+        run,
+        "evaluate",
+        seed=config.seed,
+        samples=count,
+        headline=dict(headline),
+        attacks={name: canonical(a) for name, a in attacks.items()},
+        seconds=time.monotonic() - started,
+    )
+    return records
+
+
+def update_run_json(run: Measured, stage: str, *, seconds: float, seed: int, samples: int, **more: Any) -> None:
+    """Add what this stage did to OUT/run.json. The seconds of a stage that was interrupted add up."""
+    path = run.out / "run.json"
+    info = read_json(path) if path.exists() else {}
+    origin = provenance(run.device, seed=seed, samples=samples, **more)
+    stages = {**info.get("stages", {}), stage: origin}
+    times = info.get("seconds", {})
+    info = {
+        **{key: origin[key] for key in ("commit", "date", "versions", "hardware", "seed")},
+        "command": list(dict.fromkeys(s["command"] for s in stages.values())),
+        "model": {"name": run.name, **describe_model(run.model, model_fingerprint(run.model))},
+        "data": describe_data(run.dataset, max(s["samples"] for s in stages.values())),
+        "seconds": {**times, stage: round(times.get(stage, 0.0) + seconds, 1)},
+        "detector_attacked": False,  # no attack of this version optimises against the detection score
+        "stages": stages,
+    }
+    write_json(path, info)
+
+
+def choose(attacks: Mapping[str, Attack], names: tuple[str, ...]) -> dict[str, Attack]:
+    """The attacks of these names, all where none is named; raises InputError for a name that is not there."""
+    unknown = [n for n in names if n not in attacks]
+    if unknown:
+        raise InputError(f"--attacks {' '.join(unknown)}: not in this recipe's suite; it has {', '.join(attacks)}")
+    return {n: attacks[n] for n in (names or attacks)}

@@ -1,0 +1,248 @@
+"""Certified implies not broken: the check that every certificate must pass against every attack.
+
+What may be compared depends on what was certified, and ``CLAIMS`` says that for each kind of certificate:
+
+- A certificate of the *base* classifier (patch, l0) is contradicted by any attack row of the same sample whose image
+  spends no more than the radius and whose prediction is another. ``cross_check`` looks for such rows.
+- A certificate of the *smoothed* classifier (l2) says nothing about the base classifier that attacks are run against.
+  ``recheck_smoothed`` attacks the smoothed classifier inside the certified ball and asks it again there.
+
+A contradiction raises ``CertificateViolation`` after the evidence is on disk.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from amsdn.attacks.adaptive import frozen
+from amsdn.attacks.base import Attack
+from amsdn.errors import InputError
+from amsdn.evaluation.certification import ABSTAIN, SmoothedClassifier
+from amsdn.evaluation.run_folder import Samples, writing_to
+from amsdn.protocols import check_eval_mode, device_of, surrogate_of
+from amsdn.records import CertRecord, EvalRecord, write_json
+from amsdn.threats import L2Ball
+from amsdn.utils.helpers import generator
+
+RESULT = "crosscheck.json"
+SMOOTHED_PGD = "smoothed-pgd"
+INSIDE = 1 - 1e-4  # attacks stay this share of the radius inside the ball, so that rounding cannot put them outside
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a kind of certificate is about."""
+
+    family: str  # the threat family whose unit the radius has
+    smoothed: bool  # whether the smoothed rather than the base classifier is certified
+
+
+CLAIMS: Mapping[str, Claim] = {
+    "l2": Claim("l2", smoothed=True),
+    "patch": Claim("patch", smoothed=False),
+    "l0": Claim("sparse", smoothed=False),
+}
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One image inside a certified radius on which the certified classifier answers something else."""
+
+    sample_id: int
+    certificate: str
+    radius: float
+    certified_prediction: int
+    attack: str
+    spent: float
+    prediction: int
+
+
+class CertificateViolation(RuntimeError):
+    """An attack changed a certified prediction inside its radius."""
+
+    def __init__(self, violations: Sequence[Violation], chance: float = 0.0) -> None:
+        samples = sorted({v.sample_id for v in violations})
+        luck = f"; the chance of any such finding with sound code is at most {chance:.2g}" if chance else ""
+        first = violations[0]
+        super().__init__(
+            f"{len(samples)} certified samples changed their answer inside the certified radius: {samples[:20]}{luck}. First: sample "
+            f"{first.sample_id}, {first.certificate} radius {first.radius:g}, certified {first.certified_prediction}, but "
+            f"{first.attack} spending {first.spent:g} gives {first.prediction}"
+        )
+        self.violations = tuple(violations)
+
+
+def cross_check(eval_records: Iterable[EvalRecord], cert_records: Iterable[CertRecord]) -> list[Violation]:
+    """Every row that contradicts a certificate of the base classifier, in the order of the rows.
+
+    Certificates of the smoothed classifier and abstentions claim nothing here. Unattacked rows count as spending 0.
+    Raises InputError for a kind of certificate that ``CLAIMS`` does not know.
+    """
+    certified: dict[int, list[CertRecord]] = {}
+    for certificate in cert_records:
+        if not claim_of(certificate).smoothed and certificate.prediction != ABSTAIN:
+            certified.setdefault(certificate.sample_id, []).append(certificate)
+    return [
+        Violation(row.sample_id, c.certificate, c.radius, c.prediction, row.attack, row.spent, row.prediction)
+        for row in eval_records
+        for c in certified.get(row.sample_id, ())
+        if row.family in (claim_of(c).family, "clean") and row.spent <= c.radius and row.prediction != c.prediction
+    ]
+
+
+def claim_of(certificate: CertRecord) -> Claim:
+    """What this certificate is about; InputError for an unknown kind."""
+    if certificate.certificate not in CLAIMS:
+        raise InputError(f"unknown certificate {certificate.certificate!r} in the records; known: {', '.join(CLAIMS)}")
+    return CLAIMS[certificate.certificate]
+
+
+@dataclass(frozen=True)
+class RecheckConfig:
+    """How hard certified samples are attacked, and how sure a contradiction must be."""
+
+    steps: int = 20  # of PGD on the smoothed classifier
+    draws: int = 16  # noise samples per step
+    n: int = 1000  # noise samples of each new prediction
+    alpha: float = 1e-6  # probability that one new prediction is wrong and not an abstention
+    batch_size: int = 16  # samples attacked together, each with all its draws
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.draws, self.n, self.batch_size) < 1 or not 0 < self.alpha < 1:
+            raise InputError(f"recheck: counts must be at least 1 and alpha between 0 and 1, got {self}")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One image inside a certified ball and what the smoothed classifier said there (-1: abstained, which contradicts nothing)."""
+
+    sample_id: int
+    attack: str
+    radius: float
+    spent: float
+    certified_prediction: int
+    prediction: int
+
+    @property
+    def violated(self) -> bool:
+        return self.prediction not in (ABSTAIN, self.certified_prediction)
+
+
+def recheck_smoothed(
+    smoothed: SmoothedClassifier,
+    split: Samples,
+    certificates: Iterable[CertRecord],
+    attacks: Mapping[str, Attack] | None = None,
+    config: RecheckConfig | None = None,
+    *,
+    progress: bool = True,
+) -> list[Check]:
+    """Attack every certified sample inside its ball and ask the smoothed classifier again there.
+
+    Two kinds of image are tried per sample. ``smoothed-pgd`` follows the smoothed classifier's own gradient (SmoothAdv,
+    Salman et al. 2019). Each of ``attacks`` (l2) is run on the base classifier against the certified prediction, and what
+    it finds is pulled back along its direction to the radius where it went further.
+
+    False alarms: a new prediction errs with probability at most ``config.alpha`` (Cohen 2019, Proposition 1), and each certificate
+    was itself wrong with probability at most its alpha; ``false_alarm_bound`` adds these up. Raises InputError where an
+    attack is not an l2 attack or its name is taken.
+    """
+    config, attacks = config or RecheckConfig(), attacks or {}
+    check_eval_mode(smoothed.model, "recheck_smoothed")
+    for name, attack in attacks.items():
+        if name == SMOOTHED_PGD or attack.threat.family != "l2":
+            raise InputError(f"recheck: {name!r} must be an l2 attack not named {SMOOTHED_PGD!r}; leave it out")
+    claims = [c for c in certificates if claim_of(c).smoothed and c.prediction != ABSTAIN and c.radius > 0]
+    checks: list[Check] = []
+    with tqdm(total=len(claims), desc="cross-check l2", unit="image", disable=not progress) as bar:
+        for start in range(0, len(claims), config.batch_size):
+            chunk = claims[start : start + config.batch_size]
+            checks += _recheck_chunk(smoothed, split, chunk, attacks, config)
+            bar.update(len(chunk))
+    return checks
+
+
+def smoothed_pgd(
+    smoothed: SmoothedClassifier, x: Tensor, label: Tensor, radius: Tensor, generator: torch.Generator, *, steps: int = 20, draws: int = 16
+) -> Tensor:
+    """Lower the smoothed probability of ``label`` [B] within l2 ``radius`` [B] of x [B,3,H,W] -> [B,3,H,W].
+
+    Projected gradient steps of twice the radius over ``steps`` on the log of the mean probability over fresh noise
+    (Salman et al. 2019, eq. 6).
+    """
+    ball = L2Ball(radius)
+    length = (2 * radius / steps).reshape(-1, 1, 1, 1)
+    x_adv = ball.sample(x, generator)  # the gradient may vanish at x itself
+    differentiable = surrogate_of(smoothed.model) or smoothed.model
+    with frozen(smoothed.model, differentiable), torch.enable_grad():
+        for _ in range(steps):
+            leaf = x_adv.detach().requires_grad_(True)
+            noise = torch.randn((draws, *x.shape), generator=generator, device=x.device)
+            logits = differentiable((leaf + smoothed.sigma * noise).flatten(0, 1)).float()
+            log_p = logits.log_softmax(1).unflatten(0, (draws, len(x)))[:, torch.arange(len(x)), label]  # [draws,B]
+            (gradient,) = torch.autograd.grad(log_p.logsumexp(0).sum(), leaf)
+            x_adv = ball.project(leaf.detach() - length * ball.steepest(gradient), x)
+    return x_adv
+
+
+def false_alarm_bound(checks: Sequence[Check], certificate_alpha: float, recheck_alpha: float) -> float:
+    """The most that the probability of any violation can be if the code is sound, by the union bound."""
+    certificates = len({check.sample_id for check in checks})
+    return min(1.0, certificates * certificate_alpha + len(checks) * recheck_alpha)
+
+
+def conclude(out: Path, direct: Sequence[Violation], checks: Sequence[Check] = (), chance: float = 0.0) -> dict[str, Any]:
+    """Write ``out/crosscheck.json`` and return it; then raise CertificateViolation if there is any violation.
+
+    Keys: violations (count), samples (smoothed certificates attacked), checks (new predictions made), abstained (of these),
+    false_alarm_bound, found (the violations), rows (every check).
+    """
+    found = [*direct, *(_violation(check) for check in checks if check.violated)]
+    result = {
+        "violations": len(found),
+        "samples": len({check.sample_id for check in checks}),
+        "checks": len(checks),
+        "abstained": sum(check.prediction == ABSTAIN for check in checks),
+        "false_alarm_bound": chance,
+        "found": [asdict(violation) for violation in found],
+        "rows": [asdict(check) for check in checks],
+    }
+    with writing_to(out):
+        write_json(out / RESULT, result)
+    if found:
+        raise CertificateViolation(found, chance)
+    return result
+
+
+def _recheck_chunk(
+    smoothed: SmoothedClassifier, split: Samples, claims: Sequence[CertRecord], attacks: Mapping[str, Attack], config: RecheckConfig
+) -> list[Check]:
+    device = device_of(smoothed.model)
+    x = split.fetch(torch.tensor([c.sample_id for c in claims]))[0].to(device)
+    label = torch.tensor([c.prediction for c in claims], device=device)
+    radius = torch.tensor([c.radius * INSIDE for c in claims], device=device)
+    first = claims[0].sample_id
+    draw = generator(device, "recheck", config.seed, SMOOTHED_PGD, first)
+    candidates = {SMOOTHED_PGD: smoothed_pgd(smoothed, x, label, radius, draw, steps=config.steps, draws=config.draws)}
+    for name, attack in attacks.items():
+        found = attack.craft(smoothed.model, x, label, generator(device, "recheck", config.seed, name, first))
+        candidates[name] = L2Ball(radius).project(found, x)
+    checks = []
+    for name, x_adv in candidates.items():
+        spent = (x_adv.double() - x.double()).flatten(1).norm(dim=1).tolist()
+        for i, c in enumerate(claims):
+            assert spent[i] <= c.radius, f"sample {c.sample_id}: {name} left the certified ball, {spent[i]} > {c.radius}"
+            draw = generator(device, "recheck", config.seed, name, "predict", c.sample_id)
+            answer = smoothed.predict(x_adv[i], draw, n=config.n, alpha=config.alpha)
+            checks.append(Check(c.sample_id, name, c.radius, spent[i], c.prediction, answer))
+    return checks
+
+
+def _violation(check: Check) -> Violation:
+    return Violation(check.sample_id, "l2", check.radius, check.certified_prediction, check.attack, check.spent, check.prediction)

@@ -1,0 +1,298 @@
+"""Attack a classifier sample by sample and write down what happened (one EvalRecord per sample and attack).
+
+The run folder after ``evaluate``:
+
+- ``eval_config.json``: what must be the same for a killed run to be resumed,
+- ``eval.jsonl``: the rows; tables are derived from them by ``amsdn.evaluation.summary``,
+- ``examples/<attack>.npz``: the first few samples as pictures (see ``Example``).
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from amsdn.attacks.adaptive import vote_logits
+from amsdn.attacks.base import RESCORE_DRAWS, Attack
+from amsdn.errors import InputError
+from amsdn.evaluation.detection import map_auroc
+from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, id_range, model_fingerprint, writing_to
+from amsdn.protocols import Detector, check_eval_mode, check_images, device_of, is_stochastic
+from amsdn.records import EvalRecord, RecordLog, config_hash, write_atomic
+from amsdn.threats import changed_pixels
+from amsdn.utils.helpers import derive_seed, generator
+
+CLEAN = "clean"
+SETTINGS = "eval_config.json"
+RECORDS = "eval.jsonl"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How an evaluation is run; the attacks are arguments of ``evaluate``."""
+
+    seed: int = 0
+    batch_size: int = 100  # samples attacked together; part of what makes two runs the same
+    keep_examples: int = 8  # how many samples to keep as pictures
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.keep_examples < 0:
+            raise InputError(f"batch_size must be at least 1 and keep_examples at least 0, got {self.batch_size} and {self.keep_examples}")
+
+
+def evaluate(
+    model: nn.Module,
+    split: Samples,
+    attacks: Mapping[str, Attack],
+    out: Path,
+    config: EvaluateConfig | None = None,
+    *,
+    sample_ids: Sequence[int] | None = None,
+    progress: bool = True,
+) -> list[EvalRecord]:
+    """Evaluate ``model`` on clean images and under each of ``attacks``, and return all rows in order.
+
+    ``model`` is any classifier in eval mode (images [B,3,H,W] in [0,1] -> logits [B,K]); one with ``analyze`` also
+    gets anomaly scores, decisions and localisation. The row named ``clean`` comes first; then the attacks in order.
+    Each attack runs on fixed chunks of samples with its own seed per chunk, so a run that was killed and is started
+    again with the same arguments ends with the rows of an undisturbed one. Attacks may be added to a finished run.
+
+    Raises InputError where ``out`` holds another run, an attack's name cannot be a file name, or the model or data
+    cannot be used. Errors of an attack pass through.
+    """
+    config = config or EvaluateConfig()
+    check_eval_mode(model, "evaluate")
+    check_names(attacks)
+    ids = choose_ids(split, sample_ids)
+    settings = {
+        "model": model_fingerprint(model),
+        "data": data_fingerprint(split, ids),
+        "samples": id_range(ids),
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+    }
+    with writing_to(out):
+        claim(out, SETTINGS, settings, RECORDS)
+        log = RecordLog(out / RECORDS, EvalRecord)
+    run = _Run(model, split, out, config, ids, log, progress)
+    check_same_attacks(log, attacks)
+    for name, attack in {CLEAN: None, **attacks}.items():
+        run.rows_for(name, attack)
+    order = {hash_of(attack): place for place, attack in enumerate([None, *attacks.values()])}
+    place_of = {sample: place for place, sample in enumerate(ids)}
+    wanted = [row for row in log if row.config_hash in order]
+    return sorted(wanted, key=lambda row: (order[row.config_hash], place_of[row.sample_id]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attack did to one chunk; every field has one entry per sample."""
+
+    x: Tensor
+    x_adv: Tensor
+    label: Tensor
+    prediction: Tensor
+    correct: Tensor
+    margin: Tensor
+    spent: Tensor
+    forwards: Tensor
+    backwards: Tensor
+
+
+@dataclass
+class _Run:
+    """One evaluation under way: computes what is missing, appends it, keeps the pictures."""
+
+    model: nn.Module
+    split: Samples
+    out: Path
+    config: EvaluateConfig
+    ids: list[int]
+    log: RecordLog[EvalRecord]
+    progress: bool
+
+    def rows_for(self, name: str, attack: Attack | None) -> None:
+        """Make every row of one attack (None: of the clean images) that is not there yet."""
+        key = hash_of(attack)
+        kept = self.ids[: self.config.keep_examples]
+        picture = self.out / "examples" / f"{name}.npz"
+        draw = attack is not None and bool(kept) and not picture.exists()
+        examples: list[dict[str, np.ndarray]] = []
+        bar = tqdm(total=len(self.ids), desc=name, unit="image", disable=not self.progress)
+        with bar:
+            for chunk in _chunks(self.ids, self.config.batch_size):
+                missing = set(self.log.missing(chunk, key, self.config.seed))
+                illustrated = [i for i in chunk if i in kept] if draw else []
+                if missing or illustrated:
+                    with self._model_noise(key, chunk):
+                        outcome = self._attack(attack, key, chunk)
+                        rows = self._rows(name, attack, key, chunk, outcome)
+                        if illustrated:
+                            examples.append(example_arrays(self.model, outcome, chunk, illustrated))
+                    with writing_to(self.out):
+                        self.log.append(row for row in rows if row.sample_id in missing)
+                bar.update(len(chunk))
+                bar.set_postfix_str(f"{'accuracy' if attack is None else 'robust'} {self._accuracy(key):.1%}", refresh=False)
+        if examples:
+            with writing_to(self.out):
+                write_atomic(picture, pack(examples))
+
+    def _attack(self, attack: Attack | None, key: str, chunk: list[int]) -> Outcome:
+        device = device_of(self.model)
+        indices = torch.tensor(chunk, dtype=torch.long)
+        x, y = (t.to(device) for t in self.split.fetch(indices))
+        check_images(x, f"samples {chunk[0]}..{chunk[-1]}")
+        if attack is None:
+            return clean_outcome(self.model, x, y, chunk)
+        result = attack(self.model, x, y, generator=generator(device, self.config.seed, key, chunk[0]))
+        return Outcome(
+            x, result.x_adv, y, result.prediction, ~result.success, result.margin, result.spent, result.forwards, result.backwards
+        )
+
+    @contextmanager
+    def _model_noise(self, key: str, chunk: list[int]) -> Iterator[None]:
+        """A stochastic model may draw from the global generator: lend it a state of its own, so that a resumed run repeats it."""
+        device = device_of(self.model)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed("model noise", self.config.seed, key, chunk[0]))
+            yield
+
+    def _rows(self, name: str, attack: Attack | None, key: str, chunk: list[int], outcome: Outcome) -> list[EvalRecord]:
+        local = attack is not None and attack.threat.counts  # "where" has an answer only if a few pixels changed
+        scores, detected, localisation = _detection(self.model, outcome, local)
+        columns = [getattr(outcome, c).tolist() for c in ("spent", "label", "prediction", "correct", "margin", "forwards", "backwards")]
+        family, budget = (CLEAN, 0.0) if attack is None else (attack.threat.family, float(attack.threat.budget))
+        return [
+            EvalRecord(
+                sample_id=sample_id,
+                config_hash=key,
+                seed=self.config.seed,
+                attack=name,
+                family=family,
+                budget=budget,
+                spent=float(spent),
+                label=int(label),
+                prediction=int(prediction),
+                correct=bool(correct),
+                margin=float(margin),
+                forwards=int(forwards),
+                backwards=int(backwards),
+                anomaly_score=score,
+                detected=flag,
+                localisation=where,
+            )
+            for sample_id, spent, label, prediction, correct, margin, forwards, backwards, score, flag, where in zip(
+                chunk, *columns, scores, detected, localisation, strict=True
+            )
+        ]
+
+    def _accuracy(self, key: str) -> float:
+        rows = [self.log.rows[k] for i in self.ids if (k := (i, key, self.config.seed)) in self.log.rows]
+        return sum(row.correct for row in rows) / max(len(rows), 1)
+
+
+@torch.no_grad()
+def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) -> Outcome:
+    """The unattacked images as an outcome: nothing spent, one forward pass (a stochastic model: a vote of several)."""
+    draws = RESCORE_DRAWS if is_stochastic(model) else 1
+    logits = model(x).float() if draws == 1 else vote_logits(model, x, draws)  # a random model is scored as attacks score it
+    if not bool(logits.isfinite().all()):
+        bad = [i for i, ok in zip(chunk, logits.isfinite().all(1).tolist(), strict=True) if not ok]
+        raise InputError(f"the model's logits are not finite on clean samples {bad[:5]}; check its weights and its input normalisation")
+    if int(y.max()) >= logits.shape[1] or int(y.min()) < 0:
+        raise InputError(
+            f"the model has {logits.shape[1]} classes but the data has label {int(y.max())}; evaluate on the data it was made for"
+        )
+    zeros = torch.zeros(len(x), device=x.device)
+    prediction = logits.argmax(1)
+    return Outcome(x, x, y, prediction, prediction == y, label_margin(logits, y), zeros, zeros + draws, zeros)
+
+
+def label_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """True-class logit minus the best other logit; logits [B,K], y [B] -> [B]."""
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    return own - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+@torch.no_grad()
+def _detection(model: nn.Module, outcome: Outcome, local: bool) -> tuple[list[Any], list[Any], list[Any]]:
+    """Anomaly scores, decisions and (for local attacks) localisation of the attacked images; all None without a detector."""
+    nothing: list[Any] = [None] * len(outcome.x)
+    if not isinstance(model, Detector):
+        return nothing, nothing, nothing
+    analysis = model.analyze(outcome.x_adv)
+    localisation = map_auroc(analysis.anomaly_map, changed_pixels(outcome.x_adv, outcome.x)) if local else nothing
+    return analysis.anomaly_score.tolist(), analysis.detected.tolist(), localisation
+
+
+@torch.no_grad()
+def example_arrays(model: nn.Module, outcome: Outcome, chunk: Sequence[int], keep: Sequence[int]) -> dict[str, np.ndarray]:
+    """The kept samples of a chunk as arrays, one row each.
+
+    ids, clean and adversarial [N,3,H,W], label, clean_prediction, prediction, clean_confidence and adv_confidence (softmax of
+    the predicted class), and for a detecting model anomaly_map_clean and anomaly_map_adv [N,1,H,W].
+    """
+    at = torch.tensor([chunk.index(i) for i in keep], device=outcome.x.device)
+    x, x_adv, prediction = outcome.x[at], outcome.x_adv[at], outcome.prediction[at]
+    before, after = model(x).float().softmax(1), model(x_adv).float().softmax(1)
+    arrays = {
+        "ids": torch.tensor(list(keep)),
+        "clean": x.float(),
+        "adversarial": x_adv.float(),
+        "label": outcome.label[at],
+        "clean_prediction": before.argmax(1),
+        "prediction": prediction,
+        "clean_confidence": before.amax(1),
+        "adv_confidence": after.gather(1, prediction[:, None]).squeeze(1),
+    }
+    if isinstance(model, Detector):
+        arrays["anomaly_map_clean"] = model.analyze(x).anomaly_map.float()
+        arrays["anomaly_map_adv"] = model.analyze(x_adv).anomaly_map.float()
+    return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+def pack(parts: Sequence[Mapping[str, np.ndarray]]) -> bytes:
+    """Several sets of example arrays, stacked, as the bytes of one npz file."""
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def hash_of(attack: Attack | None) -> str:
+    """The key of an attack's rows; None stands for the clean images."""
+    return config_hash(CLEAN if attack is None else attack)
+
+
+def check_names(attacks: Mapping[str, Attack]) -> None:
+    """Raise InputError unless every name can be a file name, none is taken, and no two attacks are the same."""
+    for name in attacks:
+        if name == CLEAN or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise InputError(f"attack name {name!r} cannot be used; take letters, digits and . _ + - and not 'clean'")
+    hashes = [hash_of(a) for a in attacks.values()]
+    for name, key in zip(attacks, hashes, strict=True):
+        if hashes.count(key) > 1:
+            raise InputError(f"attack {name!r} is given twice with the same configuration; drop one")
+
+
+def check_same_attacks(rows: Iterable[EvalRecord], attacks: Mapping[str, Attack]) -> None:
+    """Raise InputError where a name already stands for another configuration in the records, or the other way round."""
+    wanted = {name: hash_of(attack) for name, attack in {CLEAN: None, **attacks}.items()}
+    names = {key: name for name, key in wanted.items()}
+    for row in rows:
+        if wanted.get(row.attack, row.config_hash) != row.config_hash:
+            raise InputError(f"the run there has another attack named {row.attack!r}; give this one another name or use another folder")
+        if names.get(row.config_hash, row.attack) != row.attack:
+            raise InputError(f"attack {names[row.config_hash]!r} is in the run there as {row.attack!r}; use that name or another folder")
+
+
+def _chunks(ids: list[int], size: int) -> list[list[int]]:
+    return [ids[start : start + size] for start in range(0, len(ids), size)]

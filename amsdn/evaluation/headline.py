@@ -1,0 +1,263 @@
+"""The headline table of a report: what is compared with what, and when a difference may be claimed.
+
+The HTML page and the terminal print the same rows, computed once here from the summaries of the runs.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from amsdn.evaluation.summary import complete_table
+from amsdn.records import CertRecord, EvalRecord
+
+CERTIFIED_RADII = (0.25, 0.5, 0.75, 1.0)
+GROUPS = {"accuracy": "Right answers", "certified": "Right answers with a certificate", "detection": "Alarms"}
+TERMINAL_WIDTH = 100
+_UNITS = {"linf": "largest change of a channel", "l2": "Euclidean length of the change", "sparse": "pixels changed", "patch": "side of the square in pixels"}
+_NAMES = {"linf": "ℓ∞", "l2": "ℓ₂", "sparse": "changed pixels", "patch": "patch"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluated model: what its run folder holds and the summary of it."""
+
+    name: str
+    info: Mapping[str, Any]  # run.json
+    records: Sequence[EvalRecord]
+    certificates: Sequence[CertRecord]
+    summary: Mapping[str, Any]
+    crosscheck: Any | None
+
+    @property
+    def sample_ids(self) -> frozenset[int]:
+        """The samples that count: those with a row for every attack."""
+        return frozenset(complete_table(self.records).sample_ids)
+
+    def attacks_within(self, family: str, budget: float) -> frozenset[str]:
+        """Configuration hashes of the attacks that count at this budget (threat sets are nested)."""
+        return frozenset(r.config_hash for r in self.records if r.family == family and r.budget <= budget)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A share in [0,1] with its 95 % interval and the number of images behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the first run compares with another in one row."""
+
+    points: float  # first run minus the other, in percentage points
+    beyond: bool  # the two intervals do not meet
+    comparable: bool  # same images, and the same attack configurations within the budget
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a cell per run (None: not measured) and a difference per comparison."""
+
+    key: str
+    label: str
+    note: str
+    group: str  # "accuracy", "certified" or "detection"
+    cells: tuple[Cell | None, ...]
+    differences: tuple[Difference | None, ...]
+
+
+def describe(family: str, budget: float) -> str:
+    """A threat as people write it: ``patch 5×5``, ``5 changed pixels``, ``ℓ∞ 8/255``."""
+    if family == "patch":
+        return f"patch {budget:g}×{budget:g}"
+    if family == "sparse":
+        return f"{budget:g} changed pixel{'' if budget == 1 else 's'}"
+    return f"{_NAMES.get(family, family)} {short_budget(family, budget)}"
+
+
+def short_budget(family: str, budget: float) -> str:
+    """The budget alone; norms of small pixel changes in the customary 255ths where that is a whole number."""
+    over = budget * 255
+    if family in ("linf", "l2") and 0 < budget < 0.5 and abs(over - round(over)) < 1e-4:
+        return f"{round(over)}/255"
+    return f"{budget:g}"
+
+
+def family_name(family: str) -> str:
+    """The family as a heading."""
+    return _NAMES.get(family, family)
+
+
+def family_unit(family: str) -> str:
+    """What a budget of this family counts."""
+    return _UNITS.get(family, "budget")
+
+
+def cell_of(proportion: Mapping[str, Any] | None) -> Cell | None:
+    """A summary's proportion as a cell; None where nothing was counted."""
+    if proportion is None or not proportion["n"]:
+        return None
+    return Cell(float(proportion["value"]), float(proportion["low"]), float(proportion["high"]), int(proportion["n"]))
+
+
+def headline_rows(runs: Sequence[Run]) -> list[Row]:
+    """Every row of the headline table; the first run is the subject, the others are comparisons.
+
+    The budgets are the first run's headline budgets; a run that was not evaluated there has an empty cell.
+    """
+    first = runs[0]
+    rows = [_row(runs, "clean", "Clean accuracy", "no attack", "accuracy", [cell_of(r.summary["clean"]) for r in runs], [_same_images(first, r) for r in runs[1:]])]
+    headline: Mapping[str, float] = first.summary["headline"]
+    for family, budget in headline.items():
+        number = len({r.attack for r in first.records if r.family == family and r.budget <= budget})
+        note = f"worst of {number} attack{'' if number == 1 else 's'}"
+        cells = [_worst_case(r, family, budget) for r in runs]
+        rows.append(_row(runs, f"worst:{family}", capital(describe(family, budget)), note, "accuracy", cells, [_same_attacks(first, r, {family: budget}) for r in runs[1:]]))
+    if len(headline) > 1:
+        cells = [cell_of(r.summary["union"]) if dict(r.summary["headline"]) == dict(headline) else None for r in runs]
+        rows.append(_row(runs, "union", "All of these threats", "worst of all attacks on each image", "accuracy", cells, [_same_attacks(first, r, headline) for r in runs[1:]]))
+    return rows + _certified_rows(runs) + _detection_rows(runs)
+
+
+def strongest_attack(run: Run, family: str, budget: float) -> str | None:
+    """The attack of this family and budget that left the fewest images right; None if there is none."""
+    found = [(a["robust_accuracy"]["value"], name) for name, a in run.summary["attacks"].items() if a["family"] == family and math.isclose(a["budget"], budget, rel_tol=1e-6)]
+    return min(found)[1] if found else None
+
+
+def capital(text: str) -> str:
+    """The text with its first letter in upper case and the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def count(number: float) -> str:
+    """A number in whole units with thin spaces between thousands."""
+    return f"{number:,.0f}".replace(",", "\u202f")
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * value:.1f}"
+
+
+def as_text(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """The rows as aligned plain text of at most TERMINAL_WIDTH columns; one block per comparison."""
+    pairs = [(0, i) for i in range(1, len(names))] or [(0,)]
+    blocks = [_text_block([names[i] for i in pair], [_pick(row, pair) for row in rows]) for pair in pairs]
+    notes = ["Per cent of images, with 95 % intervals; n is the number of images behind each figure."]
+    if any(d and d.comparable and d.beyond for row in rows for d in row.differences):
+        notes.append("* the two intervals do not meet")
+    if any(d and not d.comparable for row in rows for d in row.differences):
+        notes.append("? not comparable: other images or other attack settings")
+    return "\n\n".join(blocks) + "\n\n" + "\n".join(notes) + "\n"
+
+
+def _row(runs: Sequence[Run], key: str, label: str, note: str, group: str, cells: Sequence[Cell | None], comparable: Sequence[bool]) -> Row:
+    assert len(cells) == len(runs) and len(comparable) == len(runs) - 1
+    differences = tuple(_difference(cells[0], other, same) for other, same in zip(cells[1:], comparable, strict=True))
+    return Row(key, label, note, group, tuple(cells), differences)
+
+
+def _difference(mine: Cell | None, other: Cell | None, comparable: bool) -> Difference | None:
+    if mine is None or other is None:
+        return None
+    return Difference(100 * (mine.value - other.value), mine.low > other.high or mine.high < other.low, comparable)
+
+
+def _worst_case(run: Run, family: str, budget: float) -> Cell | None:
+    for point in run.summary["curves"].get(family, ()):
+        if math.isclose(point["budget"], budget, rel_tol=1e-6):
+            return cell_of(point["robust_accuracy"])
+    return None
+
+
+def _certified_rows(runs: Sequence[Run]) -> list[Row]:
+    first, rows = runs[0], []
+    for certificate, found in first.summary["certified"].items():
+        same = [_certified_images(first, certificate) == _certified_images(r, certificate) for r in runs[1:]]
+        for radius in CERTIFIED_RADII:
+            cells = [_certified_at(r, certificate, radius) for r in runs]
+            if cells[0] is None or (rows and not any(c.value for c in cells if c)):
+                continue  # beyond every certificate
+            note = f"{count(found['mean_samples'])} noisy copies an image"
+            label = f"Certified {family_name(certificate)} ≤\u00a0{radius:g}"
+            rows.append(_row(runs, f"certified:{certificate}:{radius:g}", label, note, "certified", cells, same))
+    return rows
+
+
+def _certified_at(run: Run, certificate: str, radius: float) -> Cell | None:
+    curve = run.summary["certified"].get(certificate, {}).get("curve", ())
+    return next((cell_of(p["accuracy"]) for p in curve if math.isclose(p["radius"], radius, rel_tol=1e-6)), None)
+
+
+def _certified_images(run: Run, certificate: str) -> frozenset[int]:
+    return frozenset(c.sample_id for c in run.certificates if c.certificate == certificate)
+
+
+def _detection_rows(runs: Sequence[Run]) -> list[Row]:
+    rows = []
+    alarms = [cell_of(r.summary["false_positives"]) for r in runs]
+    if alarms[0] is not None:
+        note = "clean images, at the model’s own threshold"
+        rows.append(_row(runs, "alarms", "False alarms", note, "detection", alarms, [_same_images(runs[0], r) for r in runs[1:]]))
+    for family, budget in runs[0].summary["headline"].items():
+        name = strongest_attack(runs[0], family, budget)
+        cells = [cell_of(_tpr(r, name)) for r in runs]
+        if name is None or cells[0] is None:
+            continue
+        # Each run counts its own successful attacks, so the images differ by design: no difference is claimed.
+        note = f"after {name}, at 5\u00a0% false positives"
+        rows.append(_row(runs, f"detection:{family}", f"Detected, {describe(family, budget)}", note, "detection", cells, [False] * (len(runs) - 1)))
+    return rows
+
+
+def _tpr(run: Run, attack: str | None) -> Mapping[str, Any] | None:
+    found = run.summary["attacks"].get(attack)
+    return found["detection"]["tpr"] if found and found["detection"] else None
+
+
+def _same_images(a: Run, b: Run) -> bool:
+    return a.sample_ids == b.sample_ids
+
+
+def _same_attacks(a: Run, b: Run, budgets: Mapping[str, float]) -> bool:
+    return _same_images(a, b) and all(a.attacks_within(f, v) == b.attacks_within(f, v) for f, v in budgets.items())
+
+
+def _pick(row: Row, pair: Sequence[int]) -> tuple[Row, list[Cell | None], Difference | None]:
+    return row, [row.cells[i] for i in pair], row.differences[pair[1] - 1] if len(pair) == 2 else None
+
+
+def _text_block(names: Sequence[str], rows: Sequence[tuple[Row, list[Cell | None], Difference | None]]) -> str:
+    titles = [textwrap.wrap(n, 20, max_lines=2, placeholder="…") or [""] for n in names]
+    upper = [t[0] if len(t) == 2 else "" for t in titles]
+    lines = [["", *upper, *([] if len(names) == 1 else [""]), ""], ["", *(t[-1] for t in titles), *([] if len(names) == 1 else ["difference"]), "n"]]
+    for row, cells, difference in rows:
+        counts = "/".join(dict.fromkeys(str(c.n) for c in cells if c))
+        lines.append([_clip(row.label, 30), *(_text_cell(c) for c in cells), *([] if len(names) == 1 else [_text_difference(difference)]), counts])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip() for line in lines]
+    rule = "-" * max(map(len, text))
+    assert len(rule) <= TERMINAL_WIDTH, f"the table is {len(rule)} columns wide"
+    return "\n".join([*([text[0]] if any(upper) else []), text[1], rule, *text[2:], rule])
+
+
+def _text_cell(cell: Cell | None) -> str:
+    return "-" if cell is None else f"{percent(cell.value)} [{percent(cell.low)}, {percent(cell.high)}]"
+
+
+def _text_difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    sign = ("*" if difference.beyond else " ") if difference.comparable else "?"
+    return f"{difference.points:+.1f} {sign}"
+
+
+def _clip(text: str, width: int) -> str:
+    clean = " ".join(text.split())
+    return clean if len(clean) <= width else clean[: width - 1] + "…"

@@ -1,0 +1,254 @@
+"""The parts of the report below the headline table, each computed from runs and ready for the template."""
+
+import io
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from amsdn.errors import InputError
+from amsdn.evaluation import figures
+from amsdn.evaluation.figures import Axis, Curve, Point
+from amsdn.evaluation.headline import Row, Run, capital, cell_of, count, describe, family_name, family_unit, percent, short_budget, strongest_attack
+
+PICTURES = 4  # images shown for each threat
+ARRAYS = ("ids", "clean", "adversarial", "label", "clean_prediction", "prediction", "clean_confidence", "confidence")
+
+
+def verdict(runs: Sequence[Run], rows: Sequence[Row]) -> Markup:
+    """The report in one sentence: what the subject gets right, and in parentheses what the first comparison does."""
+    parts = []
+    for row in rows:
+        if row.group != "accuracy" or row.cells[0] is None:
+            continue
+        other = row.cells[1] if len(runs) > 1 else None
+        name = Markup("<b>{}</b>: ").format(runs[1].name) if other and not parts else ""
+        aside = Markup(" ({}{}\u00a0%)").format(name, percent(other.value)) if other else ""
+        threat = row.label[0].lower() + row.label[1:]
+        circumstance = {"clean": "right without an attack", "union": "when the worst of all of them counts"}.get(row.key, f"under {threat}")
+        parts.append(Markup("{}\u00a0% {}{}").format(percent(row.cells[0].value), circumstance, aside))
+    head, last = parts[:-1], parts[-1]
+    listed = Markup(" and ").join([Markup(", ").join(head), last]) if head else last
+    return Markup("Of {} images, <b>{}</b> gets {}.").format(runs[0].summary["samples"], runs[0].name, listed)
+
+
+def strip(row: Row) -> Markup:
+    """The row's intervals as one small drawing."""
+    text = "; ".join("not measured" if c is None else f"{percent(c.value)} per cent, {percent(c.low)} to {percent(c.high)}" for c in row.cells)
+    points = [None if c is None else Point(c.value, c.value, c.low, c.high) for c in row.cells]
+    return figures.interval_strip(points, description=f"{row.label}: {text}")
+
+
+def attack_table(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """By threat family, one line per attack in order of budget: every run's accuracy, then the first run's details."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for name, attack in runs[0].summary["attacks"].items():
+        line = {
+            "name": name,
+            "budget": attack["budget"],
+            "threat": describe(attack["family"], attack["budget"]),
+            "cells": [cell_of((r.summary["attacks"].get(name) or {}).get("robust_accuracy")) for r in runs],
+            "forwards": attack["mean_forwards"],
+            "backwards": attack["mean_backwards"],
+            "tpr": cell_of(attack["detection"]["tpr"]) if attack["detection"] else None,
+            "missed": cell_of(attack["wrong_undetected"]),
+            "located": attack["localisation"]["mean"] if attack["localisation"] else None,
+        }
+        families.setdefault(attack["family"], []).append(line)
+    return [(family, sorted(lines, key=lambda line: line["budget"])) for family, lines in families.items()]
+
+
+def picture_groups(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """For each threat, a few images before and after its strongest attack; threats without saved examples are left out."""
+    groups = []
+    for family, budget in run.summary["headline"].items():
+        name = strongest_attack(run, family, budget)
+        path = folder / "examples" / f"{name}.npz"
+        if name is not None and path.exists():
+            groups.append({"threat": capital(describe(family, budget)), "attack": name, "examples": _examples(run, name, path)})
+    return groups
+
+
+def budget_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Robust accuracy against the attacker's budget, one chart per threat family; the clean accuracy is budget 0."""
+    charts = []
+    for family in dict.fromkeys(f for run in runs for f in run.summary["curves"]):
+        curves = []
+        for slot, run in enumerate(runs):
+            measured = [(p["budget"], cell_of(p["robust_accuracy"])) for p in run.summary["curves"].get(family, ())]
+            points = [Point(b, c.value, c.low, c.high) for b, c in [(0.0, cell_of(run.summary["clean"])), *measured] if c]
+            if measured:
+                curves.append(Curve(run.name, tuple(points), slot))
+        budgets = sorted({p.x for c in curves for p in c.points})
+        axis = Axis(family_unit(family), 0.0, budgets[-1], tuple((b, short_budget(family, b)) for b in budgets))
+        charts.append(_chart(capital(family_name(family)), curves, axis, y_title="robust accuracy, %", x_label=lambda x, f=family: short_budget(f, x)))
+    return charts
+
+
+def certificate_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Certified accuracy against radius, one chart per certificate."""
+    charts = []
+    for certificate in dict.fromkeys(c for run in runs for c in run.summary["certified"]):
+        curves = []
+        for slot, run in enumerate(runs):
+            curve = run.summary["certified"].get(certificate, {}).get("curve", ())
+            points = [Point(p["radius"], c.value, c.low, c.high) for p in curve if (c := cell_of(p["accuracy"]))]
+            if points:
+                curves.append(Curve(run.name, tuple(points), slot, markers=False))
+        if curves:
+            highest = max(p.x for c in curves for p in c.points)
+            axis = Axis(f"certified {family_name(certificate)} radius", 0.0, highest, tuple((t, f"{t:g}") for t in figures.nice_ticks(0.0, highest)))
+            charts.append(_chart(capital(family_name(certificate)), curves, axis, y_title="certified accuracy, %", x_label=lambda x: f"{x:g}"))
+    return charts
+
+
+def certificate_facts(runs: Sequence[Run]) -> list[str]:
+    """What the certificates cost and how often they abstained, one sentence per run and certificate."""
+    facts = []
+    for run in runs:
+        for certificate, found in run.summary["certified"].items():
+            cost = f"{count(found['mean_samples'])} noisy copies and {found['mean_seconds']:.2g} s an image"
+            abstained = cell_of(found["abstained"])
+            share = f", {percent(abstained.value)} % abstentions" if abstained else ""
+            facts.append(f"{run.name}, {family_name(certificate)}: {found['samples']} images, {cost} on average{share}.")
+    return facts
+
+
+def roc_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The detector's ROC against successful attacks at each headline budget, one chart per threat, one line per attack."""
+    charts = []
+    axis = Axis("false positive rate, %", 0.0, 1.0, tuple((t, f"{100 * t:g}") for t in (0.0, 0.25, 0.5, 0.75, 1.0)))
+    for family, budget in runs[0].summary["headline"].items():
+        curves, legend = [], []
+        for slot, run in enumerate(runs):
+            same = [n for n, a in run.summary["attacks"].items() if a["family"] == family and math.isclose(a["budget"], budget, rel_tol=1e-6)]
+            for dash, name in enumerate(same):
+                found = run.summary["attacks"][name]["detection"]
+                if not found or not found["auroc"] or not found["roc"]:
+                    continue
+                who = name if len(runs) == 1 else f"{run.name}, {name}"
+                curves.append(Curve(who, tuple(Point(x, y) for x, y in found["roc"]), slot, dash, markers=False))
+                area = found["auroc"]
+                legend.append((figures.swatch(slot, dash), f"{who}: AUROC {area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}], {found['tpr']['n']} attacks"))
+        if curves:
+            description = f"ROC of the detector, {describe(family, budget)}. " + "; ".join(text for _, text in legend)
+            drawing = figures.line_chart(curves, axis, description=description, y_title="attacks detected, %", diagonal=True, guide=0.05)
+            charts.append({"title": capital(describe(family, budget)), "drawing": drawing, "legend": legend})
+    return charts
+
+
+def run_legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
+    """The colour and marker of each run."""
+    return [(figures.swatch(slot), run.name) for slot, run in enumerate(runs)]
+
+
+def crosscheck(run: Run) -> dict[str, str]:
+    """The outcome of the cross-check in words, with a sign for the eye."""
+    found = run.crosscheck
+    if found is None:
+        return {"css": "none", "sign": "–", "text": f"{run.name}: not run."}
+    scope = f"{count(found['checks'])} attacked images inside the certified balls of {count(found['samples'])} images, {count(found['abstained'])} abstentions"
+    chance = found.get("false_alarm_bound")
+    luck = f" Sound code would show one with probability at most {chance:.2g}." if chance else ""
+    if found["violations"]:
+        text = f"{run.name}: {found['violations']} violations among {scope}.{luck} A certificate or its code is wrong: do not use the certified rows."
+        return {"css": "tick-no", "sign": "✕", "text": text}
+    return {"css": "tick-yes", "sign": "✓", "text": f"{run.name}: no violation among {scope}.{luck}"}
+
+
+def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+    """What the numbers do not show, said from the numbers where possible."""
+    first = runs[0]
+    widest = max((c.high - c.low for row in rows if row.group == "accuracy" for c in row.cells if c), default=0.0)
+    said = [
+        f"Robust accuracy is an upper bound: it counts what these attacks, with these budgets of queries and steps, could not break. {_effort(first)} "
+        "A stronger or better tuned attack can only lower it. Only the certified rows are lower bounds.",
+        f"{first.summary['samples']} images were evaluated; an interval in the accuracy rows is up to {100 * widest:.0f} points wide. "
+        "Intervals cover the choice of images, not the choice of training seed: each model here was trained once.",
+    ]
+    if any(run.info.get("detector_attacked") is not True for run in runs) and any(row.group == "detection" for row in rows):
+        said.append("The attacks tried to change the prediction, not to escape the detector. Detection figures are for attackers who ignore it; one who attacks both at once will be detected less often.")
+    if first.summary["dropped"]:
+        said.append(f"{first.summary['dropped']} images lack rows for some attack and are counted nowhere.")
+    if any(row.group == "certified" for row in rows):
+        said.append("The certificate is about the smoothed classifier, which answers by majority over noisy copies. The attack rows are about the plain model. They are different classifiers on the same weights.")
+    else:
+        said.append("Nothing here is certified.")
+    if any(d and not d.comparable for row in rows if row.group != "detection" for d in row.differences):
+        said.append("Some rows compare runs with other images or attack settings; no difference is claimed there.")
+    if len(runs) == 1:
+        said.append("There is no comparison model in this report, so it does not show what the defence adds.")
+    return said
+
+
+def _chart(title: str, curves: Sequence[Curve], axis: Axis, *, y_title: str, x_label: Any) -> dict[str, Any]:
+    positions = sorted({p.x for c in curves for p in c.points})
+    shown = positions if len(positions) <= 8 else [x for x, _ in axis.ticks if any(math.isclose(x, p, abs_tol=1e-9) for p in positions)]
+    table = [(x_label(x), [_at(curve, x) for curve in curves]) for x in shown]
+    text = "; ".join(f"{c.label}: " + ", ".join(f"{percent(cells[i].y)} at {label}" for label, cells in table if cells[i]) for i, c in enumerate(curves))
+    drawing = figures.line_chart(curves, axis, description=f"{title}, {y_title} against {axis.title}. {text}", y_title=y_title)
+    return {"title": title, "drawing": drawing, "axis": axis.title, "names": [c.label for c in curves], "table": table}
+
+
+def _at(curve: Curve, x: float) -> Point | None:
+    return next((p for p in curve.points if math.isclose(p.x, x, rel_tol=1e-6, abs_tol=1e-9)), None)
+
+
+def _examples(run: Run, attack: str, path: Path) -> list[dict[str, Any]]:
+    """The first saved images that were right before the attack (all of them if none was); outcomes are not selected."""
+    arrays = _load_arrays(path)
+    right = np.flatnonzero(arrays["clean_prediction"] == arrays["label"])
+    chosen = (right if len(right) else np.arange(len(arrays["ids"])))[:PICTURES]
+    flagged = {r.sample_id: r.detected for r in run.records if r.attack == attack}
+    classes = (run.info.get("data") or {}).get("classes") or []
+    return [_example(arrays, int(i), classes, flagged.get(int(arrays["ids"][i]))) for i in chosen]
+
+
+def _example(arrays: Mapping[str, NDArray[Any]], i: int, classes: Sequence[Any], detected: bool | None) -> dict[str, Any]:
+    clean, attacked = (arrays[k][i].transpose(1, 2, 0).astype(np.float32) for k in ("clean", "adversarial"))
+    change, change_caption = figures.difference(clean, attacked)
+    heat = arrays["anomaly_map_adv"][i].reshape(arrays["anomaly_map_adv"].shape[-2:]) if "anomaly_map_adv" in arrays else None
+    return {
+        "id": int(arrays["ids"][i]),
+        "label": _class_name(classes, arrays["label"][i]),
+        "before": _class_name(classes, arrays["clean_prediction"][i]),
+        "after": _class_name(classes, arrays["prediction"][i]),
+        "before_confidence": float(arrays["clean_confidence"][i]),
+        "after_confidence": float(arrays["confidence"][i]),
+        "fooled": bool(arrays["prediction"][i] != arrays["label"][i]),
+        "detected": detected,
+        "clean": figures.thumbnail(clean),
+        "attacked": figures.thumbnail(attacked),
+        "change": figures.thumbnail(change),
+        "change_caption": change_caption,
+        "heat": None if heat is None else figures.thumbnail(figures.heat_overlay(attacked, heat)),
+        "peak": None if heat is None else float(heat.max()),
+    }
+
+
+def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise InputError(f"{path}: not a readable examples file ({str(e).splitlines()[0]}); delete it and rerun `amsdn evaluate`") from e
+    missing = [key for key in ARRAYS if key not in arrays]
+    if missing or any(len(arrays[key]) != len(arrays["ids"]) for key in arrays) or arrays["clean"].shape != arrays["adversarial"].shape:
+        raise InputError(f"{path}: not an examples file ({f'{missing[0]} is missing' if missing else 'lengths differ'}); delete it and rerun `amsdn evaluate`")
+    return arrays
+
+
+def _class_name(classes: Sequence[Any], index: Any) -> str:
+    return str(classes[int(index)]) if 0 <= int(index) < len(classes) else str(int(index))
+
+
+def _effort(run: Run) -> str:
+    spent = [(a["mean_forwards"] or 0, a["mean_backwards"] or 0) for a in run.summary["attacks"].values()]
+    if not spent:
+        return ""
+    return f"The longest attack spent {count(max(f for f, _ in spent))} forward and the most gradients were {count(max(b for _, b in spent))} an image on average."

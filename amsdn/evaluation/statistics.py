@@ -1,0 +1,101 @@
+"""Counts with honest error bars: binomial intervals and a paired test.
+
+Every accuracy in a report is a count of successes in n independent samples, so every interval here is a
+binomial one. The computations are SciPy's; this file fixes the conventions and the text form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.special import betaincinv
+from scipy.stats import binomtest  # type: ignore[attr-defined]
+
+CONFIDENCE = 0.95
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval (Wilson 1927): near-nominal coverage on average, also at 0 and n. (0, 1) for n = 0."""
+    return _interval(successes, n, confidence, "wilson")
+
+
+def clopper_pearson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The exact two-sided interval (Clopper and Pearson 1934): never below nominal coverage. (0, 1) for n = 0."""
+    return _interval(successes, n, confidence, "exact")
+
+
+def clopper_pearson_lower(successes: int, n: int, alpha: float) -> float:
+    """The exact one-sided lower bound: at most with probability ``alpha`` does it exceed the true probability."""
+    _check_counts(successes, n)
+    assert 0 < alpha < 1, alpha
+    return 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, alpha))
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share of n samples with its interval; ``low`` and ``high`` are None where n is 0."""
+
+    successes: int
+    n: int
+    low: float | None
+    high: float | None
+
+    @property
+    def value(self) -> float | None:
+        """The point estimate in [0,1], None where there are no samples."""
+        return self.successes / self.n if self.n else None
+
+    def __str__(self) -> str:
+        if self.value is None or self.low is None or self.high is None:
+            return "no samples"
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that report.json holds."""
+        return {"successes": self.successes, "n": self.n, "value": self.value, "low": self.low, "high": self.high, "text": str(self)}
+
+
+def proportion(successes: int, n: int, confidence: float = CONFIDENCE) -> Proportion:
+    """A share with its Wilson interval."""
+    low, high = wilson(successes, n, confidence) if n else (None, None)
+    return Proportion(successes, n, low, high)
+
+
+def share(hits: Sequence[bool], confidence: float = CONFIDENCE) -> Proportion:
+    """The share of True among ``hits`` with its Wilson interval."""
+    return proportion(sum(hits), len(hits), confidence)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two models on the same samples: how many only one of them got right, and how surprising the split is."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
+    """McNemar's exact two-sided test of equal accuracy; entry i of both is whether sample i was answered correctly.
+
+    Samples on which both agree say nothing about the difference; the others are fair coin flips if the models
+    are equally good. The p-value is 1 where they never disagree.
+    """
+    pairs = list(zip(first, second, strict=True))
+    only_first = sum(a and not b for a, b in pairs)
+    only_second = sum(b and not a for a, b in pairs)
+    p_value = float(binomtest(only_first, only_first + only_second, 0.5).pvalue) if only_first + only_second else 1.0
+    return PairedTest(only_first, only_second, p_value)
+
+
+def _interval(successes: int, n: int, confidence: float, method: str) -> tuple[float, float]:
+    _check_counts(successes, n)
+    assert 0 < confidence < 1, confidence
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method=method)
+    return float(interval.low), float(interval.high)
+
+
+def _check_counts(successes: int, n: int) -> None:
+    assert 0 <= successes <= n, f"{successes} successes in {n} samples"

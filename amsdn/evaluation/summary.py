@@ -1,0 +1,253 @@
+"""From rows to numbers. Pure functions of the records: no model, no data, no randomness.
+
+Two rules make the numbers comparable. Only samples that have a row for every attack are counted, and the number of
+others is stated. A sample that is misclassified without an attack counts as broken under every threat.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from amsdn.errors import InputError
+from amsdn.evaluation.detection import auroc, roc_points, tpr_at_fpr
+from amsdn.evaluation.statistics import CONFIDENCE, proportion, share
+from amsdn.records import CertRecord, EvalRecord
+
+CLEAN = "clean"
+FPR = 0.05
+RADIUS_STEP = 0.05  # of the certified curve for l2; pixel certificates go by whole pixels
+
+
+@dataclass(frozen=True)
+class Table:
+    """The complete part of a set of rows: one row per attack and sample, clean first, samples in the same order everywhere."""
+
+    sample_ids: tuple[int, ...]
+    rows: Mapping[str, tuple[EvalRecord, ...]]  # by attack name
+    dropped: int  # samples left out because some attack has no row for them
+
+    @property
+    def clean(self) -> tuple[EvalRecord, ...]:
+        return self.rows[CLEAN]
+
+    @property
+    def attacks(self) -> dict[str, tuple[EvalRecord, ...]]:
+        """Everything but the clean rows."""
+        return {name: rows for name, rows in self.rows.items() if name != CLEAN}
+
+    def budgets(self) -> dict[str, list[float]]:
+        """The evaluated budgets of each family, growing."""
+        found: dict[str, set[float]] = {}
+        for rows in self.attacks.values():
+            found.setdefault(rows[0].family, set()).add(rows[0].budget)
+        return {family: sorted(budgets) for family, budgets in found.items()}
+
+    def broken(self, family: str, budget: float) -> list[bool]:
+        """Per sample: misclassified clean, or fooled by any attack of the family within the budget.
+
+        Threat sets are nested, so an attack with a smaller budget counts, and so does one with a larger budget
+        whose image happens to spend no more than this one.
+        """
+        hit = [not row.correct for row in self.clean]
+        limit = budget * (1 + 1e-6)  # a budget typed by hand need not equal the recorded float
+        for rows in self.attacks.values():
+            if rows[0].family == family:
+                hit = [h or (not row.correct and min(row.budget, row.spent) <= limit) for h, row in zip(hit, rows, strict=True)]
+        return hit
+
+
+def summarise(
+    eval_records: Iterable[EvalRecord],
+    cert_records: Iterable[CertRecord] = (),
+    *,
+    headline: Mapping[str, float] | None = None,
+    radii: Mapping[str, Sequence[float]] | None = None,
+    confidence: float = CONFIDENCE,
+) -> dict[str, Any]:
+    """All numbers of a run as one dictionary of plain JSON values (report.json's core).
+
+    A proportion is ``{successes, n, value, low, high, text}`` with a Wilson interval; value, low and high are None for n = 0.
+
+    - samples, dropped, confidence, clean (proportion), false_positives (proportion of clean images flagged, or None);
+    - attacks: by name, see ``summarise_attack``;
+    - threats: worst case over attacks per image, one entry per family and budget: family, budget, attacks, robust_accuracy;
+    - curves: by family, the same entries as points of a security curve: budget, robust_accuracy;
+    - headline: the budget per family (the largest evaluated unless given; a given one that was not evaluated is left out) and
+      union: robust accuracy when the attacker may choose among all these families, per image (None without any);
+    - certified: by certificate, see ``summarise_certificates``.
+
+    ``radii`` gives the radii of the certified curve by certificate; by default a grid. Raises InputError where the rows
+    cannot be of one run or no sample is complete.
+    """
+    table = complete_table(eval_records)
+    budgets = table.budgets()
+    largest = {family: found[-1] for family, found in budgets.items()}
+    chosen = {f: float(b) for f, b in (largest if headline is None else headline).items() if _evaluated(b, budgets.get(f, ()))}
+
+    def robust(broken: Sequence[bool]) -> dict[str, Any]:
+        return share([not b for b in broken], confidence).as_dict()
+
+    curves = {f: [{"budget": b, "robust_accuracy": robust(table.broken(f, b))} for b in found] for f, found in budgets.items()}
+    by_family = [table.broken(family, budget) for family, budget in chosen.items()]
+    return {
+        "samples": len(table.sample_ids),
+        "dropped": table.dropped,
+        "confidence": confidence,
+        "clean": share([row.correct for row in table.clean], confidence).as_dict(),
+        "false_positives": _flagged(table.clean, confidence),
+        "attacks": {name: summarise_attack(rows, table.clean, confidence) for name, rows in table.attacks.items()},
+        "threats": [
+            {"family": f, "budget": b, "attacks": _attacks_within(table, f, b), "robust_accuracy": robust(table.broken(f, b))}
+            for f, found in budgets.items()
+            for b in found
+        ],
+        "curves": curves,
+        "headline": chosen,
+        "union": robust([any(hits) for hits in zip(*by_family, strict=True)]) if by_family else None,
+        "certified": summarise_certificates(cert_records, radii or {}, confidence),
+    }
+
+
+def complete_table(records: Iterable[EvalRecord]) -> Table:
+    """Sort rows by attack, keep the samples that have all of them; raises InputError where rows contradict one another."""
+    by_attack: dict[str, dict[int, EvalRecord]] = {}
+    for row in records:
+        rows = by_attack.setdefault(row.attack, {})
+        if row.sample_id in rows:
+            raise InputError(f"two rows of attack {row.attack!r} for sample {row.sample_id}; summarise one run at a time")
+        first = next(iter(rows.values()), row)
+        if (row.config_hash, row.seed, row.family, row.budget) != (first.config_hash, first.seed, first.family, first.budget):
+            raise InputError(f"attack {row.attack!r} has rows of two configurations or seeds; summarise one run at a time")
+        rows[row.sample_id] = row
+    if CLEAN not in by_attack:
+        raise InputError("no rows of the unattacked images (attack 'clean'); run amsdn evaluate first")
+    everywhere = set.intersection(*(set(rows) for rows in by_attack.values()))
+    if not everywhere:
+        raise InputError("no sample has rows for every attack yet; let amsdn evaluate finish")
+    seen = set.union(*(set(rows) for rows in by_attack.values()))
+    ids = tuple(sorted(everywhere))
+    for name, rows in by_attack.items():
+        if any(rows[i].label != by_attack[CLEAN][i].label for i in ids):
+            raise InputError(f"attack {name!r} and the clean rows disagree about labels; they are not of one data set")
+    table = {name: tuple(rows[i] for i in ids) for name, rows in sorted(by_attack.items(), key=lambda item: item[0] != CLEAN)}
+    return Table(ids, table, len(seen) - len(everywhere))
+
+
+def summarise_attack(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], confidence: float = CONFIDENCE) -> dict[str, Any]:
+    """One attack's numbers; ``rows`` and ``clean`` are of the same samples in the same order.
+
+    family, budget, robust_accuracy (proportion), successes (clean-correct, then fooled), mean_forwards and mean_backwards
+    (passes per sample that was attacked at all, that is clean-correct), detection (see ``summarise_detection``),
+    wrong_undetected (proportion of all samples that are misclassified under attack and pass the model's own detector) and
+    localisation (mean over successful attacks of the anomaly map's AUROC, with n); the last three are None where undefined.
+    """
+    attempted = [row for row, before in zip(rows, clean, strict=True) if before.correct]
+    successes = [row for row in attempted if not row.correct]
+    located = [row.localisation for row in successes if row.localisation is not None]
+    return {
+        "family": rows[0].family,
+        "budget": rows[0].budget,
+        "robust_accuracy": proportion(len(attempted) - len(successes), len(rows), confidence).as_dict(),
+        "successes": len(successes),
+        "mean_forwards": _mean([row.forwards for row in attempted]),
+        "mean_backwards": _mean([row.backwards for row in attempted]),
+        "detection": summarise_detection(rows, clean, confidence),
+        "wrong_undetected": _wrong_undetected(rows, confidence),
+        "localisation": {"mean": _mean(located), "n": len(located)} if located else None,
+    }
+
+
+def summarise_detection(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], confidence: float = CONFIDENCE) -> dict[str, Any] | None:
+    """How the detector fared against one attack; None where the model has no detector.
+
+    Attacks that failed need no detection, so these figures are about *successful* ones: clean-correct, then fooled.
+
+    - auroc: value, low, high (Hanley-McNeil, see ``detection.auroc``) against the clean scores of the same samples, and roc: its
+      (false-positive rate, true-positive rate) points; None and empty without successful attacks;
+    - tpr: proportion flagged at the threshold that flags at most 5 % (``fpr``) of ALL clean images, and that threshold;
+    - flagged: proportion flagged by the model's own decision;
+    """
+    if any(row.anomaly_score is None for row in (*rows, *clean)):
+        return None
+    fooled = [i for i, (row, before) in enumerate(zip(rows, clean, strict=True)) if before.correct and not row.correct]
+    attacked = _scores([rows[i] for i in fooled])
+    same = _scores([clean[i] for i in fooled])
+    area = auroc(same, attacked, confidence)
+    at_fpr = tpr_at_fpr(_scores(clean), attacked, FPR, confidence)
+    assert at_fpr is not None  # a table has at least one clean row
+    return {
+        "auroc": asdict(area) if area else None,
+        "auroc_interval": "Hanley-McNeil variance, score test inverted (Newcombe 2006, method 5)",
+        "roc": [list(point) for point in roc_points(same, attacked)],
+        "fpr": FPR,
+        "threshold": at_fpr[1],
+        "tpr": at_fpr[0].as_dict(),
+        "flagged": _flagged([rows[i] for i in fooled], confidence),
+    }
+
+
+def summarise_certificates(
+    records: Iterable[CertRecord], radii: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE
+) -> dict[str, dict[str, Any]]:
+    """By certificate: samples, accuracy (right and not abstained), abstained (both proportions), curve (radius, accuracy),
+    mean_samples (forward passes a certificate), mean_seconds and seconds (wall time of all)."""
+    by_kind: dict[str, list[CertRecord]] = {}
+    for row in records:
+        by_kind.setdefault(row.certificate, []).append(row)
+    return {kind: _certificate(kind, rows, radii.get(kind), confidence) for kind, rows in by_kind.items()}
+
+
+def certified_curve(records: Sequence[CertRecord], radii: Iterable[float], confidence: float = CONFIDENCE) -> list[dict[str, Any]]:
+    """Certified accuracy at each radius: the share answered rightly with a certified radius of at least that (Cohen 2019, section 4)."""
+    return [{"radius": r, "accuracy": share([c.correct and c.radius >= r for c in records], confidence).as_dict()} for r in radii]
+
+
+def _certificate(kind: str, rows: Sequence[CertRecord], radii: Sequence[float] | None, confidence: float) -> dict[str, Any]:
+    if len({row.sample_id for row in rows}) != len(rows) or len({(row.config_hash, row.seed) for row in rows}) != 1:
+        raise InputError(f"the {kind!r} certificates are of several configurations or repeat samples; summarise one run at a time")
+    grid = default_radii(kind, max(row.radius for row in rows)) if radii is None else list(radii)
+    return {
+        "samples": len(rows),
+        "accuracy": share([row.correct for row in rows], confidence).as_dict(),
+        "abstained": share([row.prediction == -1 for row in rows], confidence).as_dict(),
+        "curve": certified_curve(rows, grid, confidence),
+        "mean_samples": _mean([row.samples for row in rows]),
+        "mean_seconds": _mean([row.seconds for row in rows]),
+        "seconds": math.fsum(row.seconds for row in rows),
+    }
+
+
+def default_radii(kind: str, largest: float) -> list[float]:
+    """Radii from 0 to just beyond the largest certified one (l2: at least to 1), so that a curve ends at zero."""
+    if kind == "l2":
+        return [round(RADIUS_STEP * i, 10) for i in range(math.floor(max(largest, 1.0) / RADIUS_STEP + 1e-9) + 2)]
+    return [float(i) for i in range(math.floor(largest) + 2)]
+
+
+def _evaluated(budget: float, budgets: Iterable[float]) -> bool:
+    return any(math.isclose(budget, b, rel_tol=1e-6) for b in budgets)
+
+
+def _attacks_within(table: Table, family: str, budget: float) -> list[str]:
+    return [name for name, rows in table.attacks.items() if rows[0].family == family and rows[0].budget <= budget]
+
+
+def _flagged(rows: Sequence[EvalRecord], confidence: float) -> dict[str, Any] | None:
+    if any(row.detected is None for row in rows):
+        return None
+    return share([bool(row.detected) for row in rows], confidence).as_dict()
+
+
+def _wrong_undetected(rows: Sequence[EvalRecord], confidence: float) -> dict[str, Any] | None:
+    if any(row.detected is None for row in rows):
+        return None
+    return share([not row.correct and not row.detected for row in rows], confidence).as_dict()
+
+
+def _scores(rows: Sequence[EvalRecord]) -> list[float]:
+    return [row.anomaly_score for row in rows if row.anomaly_score is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

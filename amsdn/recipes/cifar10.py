@@ -1,0 +1,51 @@
+"""CIFAR-10 recipes."""
+
+from dataclasses import replace
+
+from amsdn.attacks import Attack, PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
+from amsdn.data.augment import Augment
+from amsdn.evaluation.certification import SmoothingConfig
+from amsdn.models.amsdn import AMSDNConfig
+from amsdn.recipes.recipe import Recipe
+from amsdn.recipes.suites import HEADLINE, quick_suite
+from amsdn.training.adversarial_train import AdversarialTrainConfig
+from amsdn.training.finetune_attacks import FinetuneConfig
+from amsdn.training.loop import LoopConfig
+from amsdn.training.pretrain_ssrt import PretrainConfig
+
+AUGMENT = Augment(flip=True, shift=4)
+
+
+def cifar10_cpu() -> Recipe:
+    """The compact variant on two CPU cores."""
+    model = AMSDNConfig(num_classes=10, variant="compact", width=32)
+    patch5: Attack = PatchPGD(size=5, num_steps=3, alpha=0.35, stop_when_fooled=False)
+    patch8: Attack = PatchPGD(size=8, num_steps=3, alpha=0.35, stop_when_fooled=False)
+    sparse: Attack = SparsePGD(k=30, num_steps=3, stop_when_fooled=False)
+    return Recipe(
+        name="cifar10-cpu",
+        about="CIFAR-10, compact network, two CPU cores, about an hour of training",
+        data="cifar10",
+        model=model,
+        control_model=replace(model, fpn=False, attention=False, purification=False),
+        control=AdversarialTrainConfig(loop=LoopConfig(epochs=6, batch_size=256), augment=AUGMENT, attacks=()),
+        pretrain=PretrainConfig(loop=LoopConfig(epochs=1, batch_size=256), augment=AUGMENT),
+        train=AdversarialTrainConfig(
+            loop=LoopConfig(epochs=9, batch_size=256), augment=AUGMENT, attacks=(patch5, patch8, sparse), clean_start=0.25
+        ),
+        finetune=FinetuneConfig(
+            loop=LoopConfig(epochs=1.5, batch_size=256, learning_rate=4e-4),
+            augment=AUGMENT,
+            attacks=(
+                PGDAttack(epsilon=2 / 255, alpha=1 / 255, num_steps=3, stop_when_fooled=False),
+                PGDL2Attack(epsilon=0.25, alpha=0.12, num_steps=3, stop_when_fooled=False),
+                patch8,
+                sparse,
+            ),
+        ),
+        attacks=quick_suite(steps=50, queries=1000),
+        headline=HEADLINE,
+        samples=500,
+        certified_samples=100,
+        smoothing=SmoothingConfig(sigma=0.25, n0=100, n=2000),
+    )

@@ -1,0 +1,138 @@
+"""Stage two: adversarial training against patches and sparse pixels, every part of the defence at once.
+
+Half of a batch stays clean (augmented, sometimes partly masked), half is attacked through the whole
+defence. Classification learns both; the anomaly maps learn where the images were truly changed; purified
+features of an attacked image are pulled to those an averaged teacher sees on the clean one (Madry et al.
+2018 for the min-max frame; Tarvainen and Valpola 2017 for the averaged teacher).
+
+``amsdn train`` or ``python -m amsdn.training.adversarial_train`` runs it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amsdn.attacks import Attack, PatchPGD, SparsePGD
+from amsdn.data.augment import Augment
+from amsdn.models.amsdn import AMSDN
+from amsdn.threats import changed_pixels
+from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
+from amsdn.training.objectives import detector_losses, feature_pull
+
+
+@dataclass(frozen=True)
+class DefenceLoss:
+    """Weights of the terms that train the parts of the defence beside cross-entropy."""
+
+    label_smoothing: float = 0.1
+    anomaly_map: float = 0.5
+    detection: float = 0.2
+    feature_pull: float = 0.5
+
+
+def default_attacks() -> tuple[Attack, ...]:
+    """Patches of two sizes and many pixels, with the few steps that training can afford."""
+    return (
+        PatchPGD(size=5, num_steps=4, alpha=0.25, stop_when_fooled=False),
+        PatchPGD(size=8, num_steps=4, alpha=0.25, stop_when_fooled=False),
+        SparsePGD(k=30, num_steps=4, stop_when_fooled=False),
+    )
+
+
+@dataclass(frozen=True)
+class AdversarialTrainConfig:
+    """Stage two. Without attacks it is plain supervised training, which makes the undefended control."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    loss: DefenceLoss = field(default_factory=DefenceLoss)
+    augment: Augment = field(default_factory=Augment)
+    attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
+    attacked_share: float = 0.5  # of every batch
+    clean_start: float = 0.15  # share of the run before the first attack, when gradients mean nothing yet
+
+
+class AdversarialTraining(Stage):
+    """One attack a batch, drawn uniformly."""
+
+    name = "train"
+
+    def __init__(self, config: AdversarialTrainConfig) -> None:
+        self.config = config
+
+    def step(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> StepOutput:
+        assert isinstance(model, AMSDN)
+        assert isinstance(teacher, AMSDN)
+        x = self.config.augment(batch.x, batch.generator)
+        attacks = self.config.attacks if batch.progress >= self.config.clean_start else ()
+        if not attacks:
+            return supervised_step(model, x, batch.y, self.config.loss)
+        attack = attacks[draw(torch.ones(len(attacks)), batch.generator)]
+        attacked = max(1, round(self.config.attacked_share * len(x)))
+        return defence_step(model, teacher, attack, x, batch.y, attacked, self.config.loss, batch.generator)
+
+
+def supervised_step(model: AMSDN, x: Tensor, y: Tensor, weights: DefenceLoss) -> StepOutput:
+    """Cross-entropy on clean images alone."""
+    logits = model(x).float()
+    loss = F.cross_entropy(logits, y, label_smoothing=weights.label_smoothing)
+    return StepOutput(loss, {"accuracy": accuracy(logits, y)})
+
+
+def defence_step(
+    model: AMSDN, teacher: AMSDN, attack: Attack, x: Tensor, y: Tensor, attacked: int, weights: DefenceLoss, generator: torch.Generator
+) -> StepOutput:
+    """The first ``attacked`` images of x [B,3,H,W] are attacked, the others stay clean; all parts learn from both."""
+    x_adv = craft(model, attack, x[:attacked], y[:attacked], generator)
+    changed = changed_pixels(x_adv, x[:attacked])
+    trace = model.trace(torch.cat([x_adv, x[attacked:]]))
+    logits = trace.logits.float()
+    terms = {
+        "cross_entropy_attacked": F.cross_entropy(logits[:attacked], y[:attacked], label_smoothing=weights.label_smoothing),
+        "cross_entropy_clean": F.cross_entropy(logits[attacked:], y[attacked:], label_smoothing=weights.label_smoothing)
+        if attacked < len(x)
+        else logits.new_zeros(()),
+    }
+    share = attacked / len(x)
+    loss = share * terms["cross_entropy_attacked"] + (1 - share) * terms["cross_entropy_clean"]
+    if model.has_detector and attack.threat.counts:  # a change of every pixel has no place to point at
+        everywhere = torch.cat([changed, changed.new_zeros((len(x) - attacked, *changed.shape[1:]))])
+        terms |= detector_losses(trace.level_anomaly_logits, trace.anomaly_logit, everywhere)
+        loss = loss + weights.anomaly_map * terms["anomaly_map"] + weights.detection * terms["detection"]
+    if weights.feature_pull:
+        with torch.no_grad():
+            clean = teacher.trace(x[:attacked]).features
+        terms["feature_pull"] = feature_pull([f[:attacked] for f in trace.features], clean)
+        loss = loss + weights.feature_pull * terms["feature_pull"]
+    metrics = {name: value.detach() for name, value in terms.items()}
+    metrics["accuracy_attacked"] = accuracy(logits[:attacked], y[:attacked])
+    if attacked < len(x):
+        metrics["accuracy"] = accuracy(logits[attacked:], y[attacked:])
+    return StepOutput(loss, metrics)
+
+
+def craft(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Attack the model as it is deployed: in eval mode, so that no batch statistics leak into the attack."""
+    model.eval()
+    try:
+        return attack.craft(model, x, y, generator)
+    finally:
+        model.train()
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> int:
+    """One index, in proportion to weights [N]."""
+    return int(torch.multinomial(weights.to(generator.device), 1, generator=generator))
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) == y).float().mean()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from amsdn.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,104 @@
+"""Stage one: self-supervised robustness training (SSRT). No labels are used.
+
+An averaged teacher embeds every clean image of the batch; the student must recognise each image, from
+another augmentation and under attack, among all of them (InfoNCE, van den Oord et al. 2018, with a teacher
+that follows as in He et al. 2020, MoCo). The adversary attacks exactly that recognition: "which image is
+this" is a classifier over the batch, so every attack of the suite works on it unchanged, gradients passing
+through the whole defence. Where the attack changed the image is known, so the anomaly maps learn too.
+
+``amsdn pretrain`` or ``python -m amsdn.training.pretrain_ssrt`` runs it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amsdn.attacks import Attack, PatchPGD, SparsePGD
+from amsdn.data.augment import Augment
+from amsdn.models.amsdn import AMSDN
+from amsdn.threats import changed_pixels
+from amsdn.training.adversarial_train import accuracy, craft, draw
+from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
+from amsdn.training.objectives import detector_losses, instance_logits
+
+
+def default_attacks() -> tuple[Attack, ...]:
+    """One cheap patch and one cheap sparse attack."""
+    return (
+        PatchPGD(size=8, num_steps=2, alpha=0.5, stop_when_fooled=False),
+        SparsePGD(k=30, num_steps=2, stop_when_fooled=False),
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage one."""
+
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=2))
+    augment: Augment = field(default_factory=Augment)
+    attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
+    temperature: float = 0.2
+    projection: int = 64  # dimensions in which images are compared
+    anomaly_map: float = 0.5
+    detection: float = 0.2
+
+
+class InstanceClassifier(nn.Module):
+    """Which of the batch's images is this? Images [B,3,H,W] -> similarity to each of the bank's N, [B,N]."""
+
+    def __init__(self, model: AMSDN, projector: nn.Module, bank: Tensor, temperature: float) -> None:
+        super().__init__()
+        self.model, self.projector, self.bank, self.temperature = model, projector, bank, temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.recognise(self.model.trace(x).embedding)
+
+    def recognise(self, embedding: Tensor) -> Tensor:
+        return instance_logits(self.projector(embedding), self.bank, self.temperature)
+
+
+class SSRT(Stage):
+    """Self-supervised robustness training."""
+
+    name = "pretrain"
+
+    def __init__(self, config: PretrainConfig, model: AMSDN) -> None:
+        self.config = config
+        width = model.embedding_dim
+        self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.projection))
+
+    def extra_modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"projector": self.projector})
+
+    def step(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> StepOutput:
+        assert isinstance(model, AMSDN)
+        assert isinstance(teacher, AMSDN)
+        config, generator = self.config, batch.generator
+        with torch.no_grad():
+            bank = self.projector(teacher.trace(config.augment(batch.x, generator)).embedding)
+        recognition = InstanceClassifier(model, self.projector, bank, config.temperature)
+        x, instance = config.augment(batch.x, generator), torch.arange(len(batch.x), device=batch.x.device)
+        attack = config.attacks[draw(torch.ones(len(config.attacks)), generator)]
+        half = len(x) // 2
+        x_adv = craft(recognition, attack, x[:half], instance[:half], generator)
+        changed = torch.cat([changed_pixels(x_adv, x[:half]), torch.zeros_like(x[half:, :1], dtype=torch.bool)])
+        trace = model.trace(torch.cat([x_adv, x[half:]]))
+        logits = recognition.recognise(trace.embedding)
+        terms = {"info_nce": F.cross_entropy(logits, instance)}
+        loss = terms["info_nce"]
+        if model.has_detector:
+            terms |= detector_losses(trace.level_anomaly_logits, trace.anomaly_logit, changed)
+            loss = loss + config.anomaly_map * terms["anomaly_map"] + config.detection * terms["detection"]
+        metrics = {name: value.detach() for name, value in terms.items()}
+        metrics |= {"accuracy_attacked": accuracy(logits[:half], instance[:half]), "accuracy": accuracy(logits[half:], instance[half:])}
+        return StepOutput(loss, metrics)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from amsdn.cli import main
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

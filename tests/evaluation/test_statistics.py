@@ -1,0 +1,85 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import ndtri
+
+from amsdn.evaluation.statistics import clopper_pearson, clopper_pearson_lower, mcnemar, proportion, share, wilson
+
+
+@st.composite
+def counts(draw: st.DrawFn) -> tuple[int, int]:
+    n = draw(st.integers(1, 60))
+    return draw(st.integers(0, n)), n
+
+
+def upper_tail(k: int, n: int, p: float) -> float:
+    """P(at least k successes), summed term by term."""
+    return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+
+@given(counts(), st.sampled_from([0.8, 0.95, 0.999]))
+def test_clopper_pearson_ends_are_where_the_binomial_tails_say(count: tuple[int, int], confidence: float) -> None:
+    k, n = count
+    low, high = clopper_pearson(k, n, confidence)
+    tail = (1 - confidence) / 2
+    assert low == 0 if k == 0 else upper_tail(k, n, low) == pytest.approx(tail, rel=1e-6)
+    assert high == 1 if k == n else 1 - upper_tail(k + 1, n, high) == pytest.approx(tail, rel=1e-6)
+
+
+@given(counts(), st.sampled_from([0.05, 0.001]))
+def test_one_sided_bound_is_where_the_tail_is_alpha(count: tuple[int, int], alpha: float) -> None:
+    k, n = count
+    low = clopper_pearson_lower(k, n, alpha)
+    assert low == 0 if k == 0 else upper_tail(k, n, low) == pytest.approx(alpha, rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.03, 0.5, 0.84, 0.99])
+def test_one_sided_bound_exceeds_the_truth_with_probability_at_most_alpha(p: float) -> None:
+    n, alpha = 80, 0.05
+    wrong = math.fsum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1) if clopper_pearson_lower(k, n, alpha) > p)
+    assert wrong <= alpha
+
+
+@given(counts())
+def test_wilson_ends_solve_the_score_equation(count: tuple[int, int]) -> None:
+    k, n = count
+    z = ndtri(0.975)
+    for p in wilson(k, n):
+        assert n * (k / n - p) ** 2 == pytest.approx(z * z * p * (1 - p), abs=1e-9)
+    low, high = wilson(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+
+
+def test_no_samples_give_no_value_and_no_nan() -> None:
+    nothing = proportion(0, 0)
+    assert (nothing.value, nothing.low, nothing.high, str(nothing)) == (None, None, None, "no samples")
+    assert wilson(0, 0) == clopper_pearson(0, 0) == (0.0, 1.0)
+
+
+def test_text_form() -> None:
+    assert str(proportion(143, 200)) == "71.5 % [64.9, 77.3]"
+    assert share([True, False]).as_dict()["n"] == 2
+    assert proportion(5, 5).as_dict()["high"] == 1.0
+
+
+def test_impossible_counts_are_a_bug_in_the_caller() -> None:
+    with pytest.raises(AssertionError, match="6 successes in 5"):
+        proportion(6, 5)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30))
+def test_mcnemar_is_the_sign_test_on_disagreements(pairs: list[tuple[bool, bool]]) -> None:
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    found = mcnemar(first, second)
+    b, c = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+    assert (found.only_first, found.only_second) == (b, c)
+    expected = min(1.0, 2 * upper_tail(max(b, c), b + c, 0.5)) if b + c else 1.0
+    assert found.p_value == pytest.approx(expected)
+    assert mcnemar(second, first).p_value == found.p_value
+
+
+def test_mcnemar_needs_the_same_samples() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        mcnemar([True], [True, False])
