@@ -159,7 +159,7 @@ class L2Ball(NormBall):
         return self.project(x + self.steepest(direction) * radius * _per_image(self.eps, x), x)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1)
+        return unit_length(gradient)
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,16 @@ class PatchRegion(ThreatModel):
     def _check_fits(self, x: Tensor) -> None:
         if self.size > min(x.shape[2:]):
             raise InputError(f"PatchRegion(size={self.size}) does not fit images of {x.shape[2]}x{x.shape[3]}; choose a smaller patch")
+
+
+def unit_length(direction: Tensor) -> Tensor:
+    """Each sample of direction [B,...] scaled to Euclidean length 1; zero stays zero.
+
+    The largest entry is scaled to 1 first: the gradients of a confident model are so small that their squares vanish.
+    """
+    flat = direction.flatten(1)
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).reshape(direction.shape)
 
 
 def changed_pixels(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -47,10 +47,17 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """Cross-entropy of the label; for a target, the log-probability of the target."""
+    """Cross-entropy of the label; for a target, the log-probability of the target.
+
+    Written as softplus(logsumexp of the other logits - the label's). The textbook form loses the label's part of the
+    gradient once its probability rounds to 1 (a margin of 17 in float32), which makes a confident model look robust;
+    this one keeps the direction exact up to a margin of about 85.
+    """
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
-        loss = F.cross_entropy(logits, goal.labels, reduction="none")
+        column = goal.labels.unsqueeze(1)
+        others = logits.scatter(1, column, -torch.inf).logsumexp(1)
+        loss = F.softplus(others - logits.gather(1, column).squeeze(1))
         return -loss if goal.targeted else loss
 
 

@@ -14,7 +14,7 @@ from amsdn.threats import LinfBall, ThreatModel
 class RandomNoise(Attack):
     """The best, by margin, of ``samples`` random members of the threat model ``within``."""
 
-    within: ThreatModel = LinfBall(8 / 255)  # noqa: RUF009 (frozen, so it may be shared)
+    within: ThreatModel = LinfBall(8 / 255)
     samples: int = 10
 
     def __post_init__(self) -> None:

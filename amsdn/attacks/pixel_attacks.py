@@ -7,7 +7,7 @@ from torch import Tensor
 
 from amsdn.attacks.base import Attack, Victim, require
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal, Loss
-from amsdn.threats import SparsePixels
+from amsdn.threats import SparsePixels, unit_length
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SparsePGD(Attack):
         """One step of p [B,3,H,W] and u [B,HW] along the image gradient g [B,3,H,W]; mask [B,HW]."""
         soft = u.sigmoid()
         slope = (g * p).sum(1).flatten(1) * soft * (1 - soft)
-        u = u + self.beta * u.shape[1] ** 0.5 * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-20)
+        u = u + self.beta * u.shape[1] ** 0.5 * unit_length(slope)
         # sigmoid(u) is positive, so through it the sign of p's gradient is that of g.
         direction = g.sign() * mask.reshape(-1, 1, *x.shape[2:]) if self.projected else g.sign()
         return _confine(p + self.alpha * direction, x), u

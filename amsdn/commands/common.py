@@ -79,7 +79,9 @@ def read_about(folder: Path) -> tuple[list[str], int]:
     try:
         return [str(c) for c in about["classes"]], int(about["image_size"])
     except (KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{folder / ABOUT_FILE}: lacks class names or image size; use a model folder that an amsdn training stage wrote") from e
+        raise InputError(
+            f"{folder / ABOUT_FILE}: lacks class names or image size; use a model folder that an amsdn training stage wrote"
+        ) from e
 
 
 def provenance(device: torch.device, **more: Any) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from amsdn.attacks import Attack
 from amsdn.commands.common import describe_data, describe_model, provenance, read_json
 from amsdn.data import Dataset
 from amsdn.errors import InputError
+from amsdn.evaluation.certification import SmoothedClassifier, SmoothingConfig, certify_split
+from amsdn.evaluation.crosscheck import RecheckConfig, conclude, cross_check, false_alarm_bound, recheck_smoothed
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
 from amsdn.evaluation.run_folder import model_fingerprint
-from amsdn.records import EvalRecord, canonical, write_json
+from amsdn.records import CertRecord, EvalRecord, canonical, read_records, write_json
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Measured:
     device: torch.device
 
 
-def measure(run: Measured, attacks: Mapping[str, Attack], config: EvaluateConfig, samples: int | None, headline: Mapping[str, float]) -> list[EvalRecord]:
+def measure(
+    run: Measured, attacks: Mapping[str, Attack], config: EvaluateConfig, samples: int | None, headline: Mapping[str, float]
+) -> list[EvalRecord]:
     """Attack the first ``samples`` test images (None: all) and write the run folder with its provenance."""
     count = min(samples or len(run.dataset.test), len(run.dataset.test))
     started = time.monotonic()
@@ -37,16 +41,43 @@ def measure(run: Measured, attacks: Mapping[str, Attack], config: EvaluateConfig
     update_run_json(
         run,
         "evaluate",
+        headline=dict(headline),
         seed=config.seed,
         samples=count,
-        headline=dict(headline),
         attacks={name: canonical(a) for name, a in attacks.items()},
         seconds=time.monotonic() - started,
     )
     return records
 
 
-def update_run_json(run: Measured, stage: str, *, seconds: float, seed: int, samples: int, **more: Any) -> None:
+def certify(run: Measured, config: SmoothingConfig, samples: int | None, recheck: RecheckConfig) -> list[CertRecord]:
+    """Certify the first ``samples`` test images (None: all), attack what was certified, and write both.
+
+    Raises CertificateViolation, after everything is on disk, where an attack refutes a certificate.
+    """
+    count = min(samples or len(run.dataset.test), len(run.dataset.test))
+    started = time.monotonic()
+    certificates = certify_split(run.model, run.dataset.test, run.out, config, sample_ids=range(count))
+    smoothed = SmoothedClassifier(run.model, config.sigma, config.batch_size)
+    checks = recheck_smoothed(smoothed, run.dataset.test, certificates, config=recheck)
+    rows = run.out / "eval.jsonl"
+    direct = cross_check(read_records(rows, EvalRecord) if rows.exists() else [], certificates)
+    update_run_json(
+        run,
+        "certify",
+        seed=config.seed,
+        samples=count,
+        smoothing=canonical(config),
+        recheck=canonical(recheck),
+        seconds=time.monotonic() - started,
+    )
+    conclude(run.out, direct, checks, false_alarm_bound(checks, config.alpha, recheck.alpha))
+    return certificates
+
+
+def update_run_json(
+    run: Measured, stage: str, *, seconds: float, seed: int, samples: int, headline: Mapping[str, float] | None = None, **more: Any
+) -> None:
     """Add what this stage did to OUT/run.json. The seconds of a stage that was interrupted add up."""
     path = run.out / "run.json"
     info = read_json(path) if path.exists() else {}
@@ -60,6 +91,7 @@ def update_run_json(run: Measured, stage: str, *, seconds: float, seed: int, sam
         "data": describe_data(run.dataset, max(s["samples"] for s in stages.values())),
         "seconds": {**times, stage: round(times.get(stage, 0.0) + seconds, 1)},
         "detector_attacked": False,  # no attack of this version optimises against the detection score
+        "headline": info.get("headline") if headline is None else dict(headline),
         "stages": stages,
     }
     write_json(path, info)

@@ -41,7 +41,12 @@ def parse(default: T, args: Sequence[str], command: str, description: str) -> T:
     """``args`` laid over the fields of ``default``, a dataclass; exits with code 2 and an explanation where they do not fit."""
     with _rules:
         return tyro.cli(
-            type(default), default=default, args=list(args), prog=f"amsdn {command}", description=description, config=(tyro.conf.FlagConversionOff,)
+            type(default),
+            default=default,
+            args=list(args),
+            prog=f"amsdn {command}",
+            description=description,
+            config=(tyro.conf.FlagConversionOff,),
         )
 
 

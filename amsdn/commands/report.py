@@ -23,9 +23,7 @@ class ReportOptions:
 
 def run(args: Sequence[str]) -> None:
     """Build the page."""
-    description = (
-        "One self-contained page from evaluated runs.\n\nExample: amsdn report defended=checkpoints/digits-demo/evaluation control=runs/control"
-    )
+    description = "One self-contained page from evaluated runs.\n\nExample: amsdn report defended=checkpoints/digits-demo/evaluation control=runs/control"
     options = parse(ReportOptions(), args, "report", description)
     if not options.runs:
         raise InputError("no run folder given; name at least one, for instance amsdn report checkpoints/digits-demo/evaluation")

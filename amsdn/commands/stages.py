@@ -72,7 +72,9 @@ def _starting_model(run: StageRun, dataset: Dataset, device: torch.device) -> AM
     model = load_model(run.start, device)
     check_classes(model, dataset, str(run.start))
     if dataclasses.replace(model.config, pretrained=False) != dataclasses.replace(config, pretrained=False):
-        raise InputError(f"{run.start}: made with another model configuration than this stage's; match --model.* or start afresh with --init none")
+        raise InputError(
+            f"{run.start}: made with another model configuration than this stage's; match --model.* or start afresh with --init none"
+        )
     return model
 
 

@@ -137,7 +137,7 @@ def certify_split(
     key = config_hash("randomized smoothing", config)
     settings = {
         "model": model_fingerprint(model),
-        "data": data_fingerprint(split, range(len(split))),
+        "data": data_fingerprint(split),
         "configuration": {name: getattr(config, name) for name in SmoothingConfig.__dataclass_fields__},
     }
     with writing_to(out):

@@ -146,8 +146,8 @@ def recheck_smoothed(
     """Attack every certified sample inside its ball and ask the smoothed classifier again there.
 
     Two kinds of image are tried per sample. ``smoothed-pgd`` follows the smoothed classifier's own gradient (SmoothAdv,
-    Salman et al. 2019). Each of ``attacks`` (l2) is run on the base classifier against the certified prediction, and what
-    it finds is pulled back along its direction to the radius where it went further.
+    Salman et al. 2019). Each of ``attacks`` (l2) is run on the base classifier against the certified prediction, and the
+    direction it finds is followed to the radius: attacks stop just behind the base classifier's boundary, elsewhere than here.
 
     False alarms: a new prediction errs with probability at most ``config.alpha`` (Cohen 2019, Proposition 1), and each certificate
     was itself wrong with probability at most its alpha; ``false_alarm_bound`` adds these up. Raises InputError where an
@@ -178,14 +178,14 @@ def smoothed_pgd(
     """
     ball = L2Ball(radius)
     length = (2 * radius / steps).reshape(-1, 1, 1, 1)
-    x_adv = ball.sample(x, generator)  # the gradient may vanish at x itself
+    x_adv = x  # no random start: the noise already keeps the gradient from vanishing at x
     differentiable = surrogate_of(smoothed.model) or smoothed.model
     with frozen(smoothed.model, differentiable), torch.enable_grad():
         for _ in range(steps):
             leaf = x_adv.detach().requires_grad_(True)
             noise = torch.randn((draws, *x.shape), generator=generator, device=x.device)
             logits = differentiable((leaf + smoothed.sigma * noise).flatten(0, 1)).float()
-            log_p = logits.log_softmax(1).unflatten(0, (draws, len(x)))[:, torch.arange(len(x)), label]  # [draws,B]
+            log_p = logits.log_softmax(1).unflatten(0, (draws, len(x)))[:, torch.arange(len(x), device=x.device), label]  # [draws,B]
             (gradient,) = torch.autograd.grad(log_p.logsumexp(0).sum(), leaf)
             x_adv = ball.project(leaf.detach() - length * ball.steepest(gradient), x)
     return x_adv
@@ -232,7 +232,8 @@ def _recheck_chunk(
     candidates = {SMOOTHED_PGD: smoothed_pgd(smoothed, x, label, radius, draw, steps=config.steps, draws=config.draws)}
     for name, attack in attacks.items():
         found = attack.craft(smoothed.model, x, label, generator(device, "recheck", config.seed, name, first))
-        candidates[name] = L2Ball(radius).project(found, x)
+        ball = L2Ball(radius)
+        candidates[name] = ball.project(x + ball.steepest(found - x) * radius.reshape(-1, 1, 1, 1), x)
     checks = []
     for name, x_adv in candidates.items():
         spent = (x_adv.double() - x.double()).flatten(1).norm(dim=1).tolist()

@@ -73,9 +73,9 @@ def evaluate(
     check_names(attacks)
     ids = choose_ids(split, sample_ids)
     settings = {
-        "model": model_fingerprint(model),
-        "data": data_fingerprint(split, ids),
         "samples": id_range(ids),
+        "data": data_fingerprint(split),
+        "model": model_fingerprint(model),
         "batch_size": config.batch_size,
         "seed": config.seed,
     }

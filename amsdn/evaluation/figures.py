@@ -57,7 +57,9 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]
 
 
-def line_chart(curves: Sequence[Curve], axis: Axis, *, description: str, y_title: str, diagonal: bool = False, guide: float | None = None) -> Markup:
+def line_chart(
+    curves: Sequence[Curve], axis: Axis, *, description: str, y_title: str, diagonal: bool = False, guide: float | None = None
+) -> Markup:
     """Shares in per cent against ``axis``, as one inline SVG.
 
     Args:
@@ -102,10 +104,10 @@ def interval_strip(rows: Sequence[Point | None], *, description: str) -> Markup:
     return _svg("strip", width, height, description, parts)
 
 
-def swatch(slot: int, dash: int = 0) -> Markup:
+def swatch(slot: int, dash: int = 0, marker: bool = True) -> Markup:
     """The line and marker of a legend entry; decoration, since the entry's text stands beside it."""
     line = f'<line class="line s{slot % SLOTS}" x1="1" x2="27" y1="6" y2="6"{_dash(dash)}/>'
-    return Markup(f'<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">{line}{_marker(14, 6, slot)}</svg>')
+    return Markup(f'<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">{line}{_marker(14, 6, slot) if marker else ""}</svg>')
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -138,7 +140,7 @@ def difference(clean: FloatImage, attacked: FloatImage) -> tuple[NDArray[np.floa
     if not changed.any():
         return np.dstack([np.zeros_like(clean), np.zeros(changed.shape, np.float32)]), "no change"
     if changed.mean() < 0.5:
-        return np.dstack([attacked, changed.astype(np.float32)]), f"{int(changed.sum())} pixels"
+        return np.dstack([attacked, changed.astype(np.float32)]), f"{changed.sum()} pixel{'' if changed.sum() == 1 else 's'}"
     gain = max(1.0, float(np.floor(0.5 / np.abs(delta).max())))
     return (0.5 + delta * gain).astype(np.float32), f"amplified ×{gain:.0f}"
 

@@ -4,7 +4,6 @@ The HTML page and the terminal print the same rows, computed once here from the 
 """
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,13 @@ from amsdn.records import CertRecord, EvalRecord
 
 CERTIFIED_RADII = (0.25, 0.5, 0.75, 1.0)
 GROUPS = {"accuracy": "Right answers", "certified": "Right answers with a certificate", "detection": "Alarms"}
-TERMINAL_WIDTH = 100
-_UNITS = {"linf": "largest change of a channel", "l2": "Euclidean length of the change", "sparse": "pixels changed", "patch": "side of the square in pixels"}
-_NAMES = {"linf": "ℓ∞", "l2": "ℓ₂", "sparse": "changed pixels", "patch": "patch"}
+_UNITS = {
+    "linf": "largest change of a channel",
+    "l2": "Euclidean length of the change",
+    "sparse": "pixels changed",
+    "patch": "side of the square in pixels",
+}
+_NAMES = {"linf": "ℓ∞", "l2": "ℓ₂", "l0": "ℓ₀", "sparse": "changed pixels", "patch": "patch"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Run:
 
     def attacks_within(self, family: str, budget: float) -> frozenset[str]:
         """Configuration hashes of the attacks that count at this budget (threat sets are nested)."""
-        return frozenset(r.config_hash for r in self.records if r.family == family and r.budget <= budget)
+        return frozenset(
+            r.config_hash for r in self.records if r.family == family and (r.budget <= budget or same_budget(r.budget, budget))
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,11 @@ def family_unit(family: str) -> str:
     return _UNITS.get(family, "budget")
 
 
+def same_budget(a: float, b: float) -> bool:
+    """Whether two recorded budgets are the same number, however it was typed."""
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
 def cell_of(proportion: Mapping[str, Any] | None) -> Cell | None:
     """A summary's proportion as a cell; None where nothing was counted."""
     if proportion is None or not proportion["n"]:
@@ -111,22 +121,56 @@ def headline_rows(runs: Sequence[Run]) -> list[Row]:
     The budgets are the first run's headline budgets; a run that was not evaluated there has an empty cell.
     """
     first = runs[0]
-    rows = [_row(runs, "clean", "Clean accuracy", "no attack", "accuracy", [cell_of(r.summary["clean"]) for r in runs], [_same_images(first, r) for r in runs[1:]])]
+    rows = [
+        _row(
+            runs,
+            "clean",
+            "Clean accuracy",
+            "no attack",
+            "accuracy",
+            [cell_of(r.summary["clean"]) for r in runs],
+            [_same_images(first, r) for r in runs[1:]],
+        )
+    ]
     headline: Mapping[str, float] = first.summary["headline"]
     for family, budget in headline.items():
-        number = len({r.attack for r in first.records if r.family == family and r.budget <= budget})
+        number = len(first.attacks_within(family, budget))
         note = f"worst of {number} attack{'' if number == 1 else 's'}"
         cells = [_worst_case(r, family, budget) for r in runs]
-        rows.append(_row(runs, f"worst:{family}", capital(describe(family, budget)), note, "accuracy", cells, [_same_attacks(first, r, {family: budget}) for r in runs[1:]]))
+        rows.append(
+            _row(
+                runs,
+                f"worst:{family}",
+                capital(describe(family, budget)),
+                note,
+                "accuracy",
+                cells,
+                [_same_attacks(first, r, {family: budget}) for r in runs[1:]],
+            )
+        )
     if len(headline) > 1:
         cells = [cell_of(r.summary["union"]) if dict(r.summary["headline"]) == dict(headline) else None for r in runs]
-        rows.append(_row(runs, "union", "All of these threats", "worst of all attacks on each image", "accuracy", cells, [_same_attacks(first, r, headline) for r in runs[1:]]))
+        rows.append(
+            _row(
+                runs,
+                "union",
+                "All of these threats",
+                "worst of all attacks on each image",
+                "accuracy",
+                cells,
+                [_same_attacks(first, r, headline) for r in runs[1:]],
+            )
+        )
     return rows + _certified_rows(runs) + _detection_rows(runs)
 
 
 def strongest_attack(run: Run, family: str, budget: float) -> str | None:
     """The attack of this family and budget that left the fewest images right; None if there is none."""
-    found = [(a["robust_accuracy"]["value"], name) for name, a in run.summary["attacks"].items() if a["family"] == family and math.isclose(a["budget"], budget, rel_tol=1e-6)]
+    found = [
+        (a["robust_accuracy"]["value"], name)
+        for name, a in run.summary["attacks"].items()
+        if a["family"] == family and same_budget(a["budget"], budget)
+    ]
     return min(found)[1] if found else None
 
 
@@ -145,20 +189,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def as_text(names: Sequence[str], rows: Sequence[Row]) -> str:
-    """The rows as aligned plain text of at most TERMINAL_WIDTH columns; one block per comparison."""
-    pairs = [(0, i) for i in range(1, len(names))] or [(0,)]
-    blocks = [_text_block([names[i] for i in pair], [_pick(row, pair) for row in rows]) for pair in pairs]
-    notes = ["Per cent of images, with 95 % intervals; n is the number of images behind each figure."]
-    if any(d and d.comparable and d.beyond for row in rows for d in row.differences):
-        notes.append("* the two intervals do not meet")
-    if any(d and not d.comparable for row in rows for d in row.differences):
-        notes.append("? not comparable: other images or other attack settings")
-    return "\n\n".join(blocks) + "\n\n" + "\n".join(notes) + "\n"
-
-
 def _row(runs: Sequence[Run], key: str, label: str, note: str, group: str, cells: Sequence[Cell | None], comparable: Sequence[bool]) -> Row:
-    assert len(cells) == len(runs) and len(comparable) == len(runs) - 1
+    assert len(cells) == len(runs), key
+    assert len(comparable) == len(runs) - 1, key
     differences = tuple(_difference(cells[0], other, same) for other, same in zip(cells[1:], comparable, strict=True))
     return Row(key, label, note, group, tuple(cells), differences)
 
@@ -171,13 +204,14 @@ def _difference(mine: Cell | None, other: Cell | None, comparable: bool) -> Diff
 
 def _worst_case(run: Run, family: str, budget: float) -> Cell | None:
     for point in run.summary["curves"].get(family, ()):
-        if math.isclose(point["budget"], budget, rel_tol=1e-6):
+        if same_budget(point["budget"], budget):
             return cell_of(point["robust_accuracy"])
     return None
 
 
 def _certified_rows(runs: Sequence[Run]) -> list[Row]:
-    first, rows = runs[0], []
+    rows: list[Row] = []
+    first = runs[0]
     for certificate, found in first.summary["certified"].items():
         same = [_certified_images(first, certificate) == _certified_images(r, certificate) for r in runs[1:]]
         for radius in CERTIFIED_RADII:
@@ -200,7 +234,7 @@ def _certified_images(run: Run, certificate: str) -> frozenset[int]:
 
 
 def _detection_rows(runs: Sequence[Run]) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     alarms = [cell_of(r.summary["false_positives"]) for r in runs]
     if alarms[0] is not None:
         note = "clean images, at the model’s own threshold"
@@ -212,7 +246,9 @@ def _detection_rows(runs: Sequence[Run]) -> list[Row]:
             continue
         # Each run counts its own successful attacks, so the images differ by design: no difference is claimed.
         note = f"after {name}, at 5\u00a0% false positives"
-        rows.append(_row(runs, f"detection:{family}", f"Detected, {describe(family, budget)}", note, "detection", cells, [False] * (len(runs) - 1)))
+        rows.append(
+            _row(runs, f"detection:{family}", f"Detected, {describe(family, budget)}", note, "detection", cells, [False] * (len(runs) - 1))
+        )
     return rows
 
 
@@ -227,37 +263,3 @@ def _same_images(a: Run, b: Run) -> bool:
 
 def _same_attacks(a: Run, b: Run, budgets: Mapping[str, float]) -> bool:
     return _same_images(a, b) and all(a.attacks_within(f, v) == b.attacks_within(f, v) for f, v in budgets.items())
-
-
-def _pick(row: Row, pair: Sequence[int]) -> tuple[Row, list[Cell | None], Difference | None]:
-    return row, [row.cells[i] for i in pair], row.differences[pair[1] - 1] if len(pair) == 2 else None
-
-
-def _text_block(names: Sequence[str], rows: Sequence[tuple[Row, list[Cell | None], Difference | None]]) -> str:
-    titles = [textwrap.wrap(n, 20, max_lines=2, placeholder="…") or [""] for n in names]
-    upper = [t[0] if len(t) == 2 else "" for t in titles]
-    lines = [["", *upper, *([] if len(names) == 1 else [""]), ""], ["", *(t[-1] for t in titles), *([] if len(names) == 1 else ["difference"]), "n"]]
-    for row, cells, difference in rows:
-        counts = "/".join(dict.fromkeys(str(c.n) for c in cells if c))
-        lines.append([_clip(row.label, 30), *(_text_cell(c) for c in cells), *([] if len(names) == 1 else [_text_difference(difference)]), counts])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip() for line in lines]
-    rule = "-" * max(map(len, text))
-    assert len(rule) <= TERMINAL_WIDTH, f"the table is {len(rule)} columns wide"
-    return "\n".join([*([text[0]] if any(upper) else []), text[1], rule, *text[2:], rule])
-
-
-def _text_cell(cell: Cell | None) -> str:
-    return "-" if cell is None else f"{percent(cell.value)} [{percent(cell.low)}, {percent(cell.high)}]"
-
-
-def _text_difference(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    sign = ("*" if difference.beyond else " ") if difference.comparable else "?"
-    return f"{difference.points:+.1f} {sign}"
-
-
-def _clip(text: str, width: int) -> str:
-    clean = " ".join(text.split())
-    return clean if len(clean) <= width else clean[: width - 1] + "…"

@@ -1,28 +1,31 @@
 """The parts of the report below the headline table, each computed from runs and ready for the template."""
 
-import io
 import math
-import zipfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
-from amsdn.errors import InputError
 from amsdn.evaluation import figures
 from amsdn.evaluation.figures import Axis, Curve, Point
-from amsdn.evaluation.headline import Row, Run, capital, cell_of, count, describe, family_name, family_unit, percent, short_budget, strongest_attack
-
-PICTURES = 4  # images shown for each threat
-ARRAYS = ("ids", "clean", "adversarial", "label", "clean_prediction", "prediction", "clean_confidence", "confidence")
+from amsdn.evaluation.headline import (
+    Row,
+    Run,
+    capital,
+    cell_of,
+    count,
+    describe,
+    family_name,
+    family_unit,
+    percent,
+    same_budget,
+    short_budget,
+)
 
 
 def verdict(runs: Sequence[Run], rows: Sequence[Row]) -> Markup:
     """The report in one sentence: what the subject gets right, and in parentheses what the first comparison does."""
-    parts = []
+    parts: list[Markup] = []
     for row in rows:
         if row.group != "accuracy" or row.cells[0] is None:
             continue
@@ -39,7 +42,9 @@ def verdict(runs: Sequence[Run], rows: Sequence[Row]) -> Markup:
 
 def strip(row: Row) -> Markup:
     """The row's intervals as one small drawing."""
-    text = "; ".join("not measured" if c is None else f"{percent(c.value)} per cent, {percent(c.low)} to {percent(c.high)}" for c in row.cells)
+    text = "; ".join(
+        "not measured" if c is None else f"{percent(c.value)} per cent, {percent(c.low)} to {percent(c.high)}" for c in row.cells
+    )
     points = [None if c is None else Point(c.value, c.value, c.low, c.high) for c in row.cells]
     return figures.interval_strip(points, description=f"{row.label}: {text}")
 
@@ -63,17 +68,6 @@ def attack_table(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(family, sorted(lines, key=lambda line: line["budget"])) for family, lines in families.items()]
 
 
-def picture_groups(run: Run, folder: Path) -> list[dict[str, Any]]:
-    """For each threat, a few images before and after its strongest attack; threats without saved examples are left out."""
-    groups = []
-    for family, budget in run.summary["headline"].items():
-        name = strongest_attack(run, family, budget)
-        path = folder / "examples" / f"{name}.npz"
-        if name is not None and path.exists():
-            groups.append({"threat": capital(describe(family, budget)), "attack": name, "examples": _examples(run, name, path)})
-    return groups
-
-
 def budget_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Robust accuracy against the attacker's budget, one chart per threat family; the clean accuracy is budget 0."""
     charts = []
@@ -86,7 +80,9 @@ def budget_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 curves.append(Curve(run.name, tuple(points), slot))
         budgets = sorted({p.x for c in curves for p in c.points})
         axis = Axis(family_unit(family), 0.0, budgets[-1], tuple((b, short_budget(family, b)) for b in budgets))
-        charts.append(_chart(capital(family_name(family)), curves, axis, y_title="robust accuracy, %", x_label=lambda x, f=family: short_budget(f, x)))
+        charts.append(
+            _chart(capital(family_name(family)), curves, axis, y_title="robust accuracy, %", x_label=lambda x, f=family: short_budget(f, x))
+        )
     return charts
 
 
@@ -102,8 +98,12 @@ def certificate_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 curves.append(Curve(run.name, tuple(points), slot, markers=False))
         if curves:
             highest = max(p.x for c in curves for p in c.points)
-            axis = Axis(f"certified {family_name(certificate)} radius", 0.0, highest, tuple((t, f"{t:g}") for t in figures.nice_ticks(0.0, highest)))
-            charts.append(_chart(capital(family_name(certificate)), curves, axis, y_title="certified accuracy, %", x_label=lambda x: f"{x:g}"))
+            axis = Axis(
+                f"certified {family_name(certificate)} radius", 0.0, highest, tuple((t, f"{t:g}") for t in figures.nice_ticks(0.0, highest))
+            )
+            charts.append(
+                _chart(capital(family_name(certificate)), curves, axis, y_title="certified accuracy, %", x_label=lambda x: f"{x:g}")
+            )
     return charts
 
 
@@ -121,25 +121,31 @@ def certificate_facts(runs: Sequence[Run]) -> list[str]:
 
 def roc_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The detector's ROC against successful attacks at each headline budget, one chart per threat, one line per attack."""
-    charts = []
     axis = Axis("false positive rate, %", 0.0, 1.0, tuple((t, f"{100 * t:g}") for t in (0.0, 0.25, 0.5, 0.75, 1.0)))
+    several = sum(any(a["detection"] for a in run.summary["attacks"].values()) for run in runs) > 1
+    charts = []
     for family, budget in runs[0].summary["headline"].items():
         curves, legend = [], []
         for slot, run in enumerate(runs):
-            same = [n for n, a in run.summary["attacks"].items() if a["family"] == family and math.isclose(a["budget"], budget, rel_tol=1e-6)]
-            for dash, name in enumerate(same):
-                found = run.summary["attacks"][name]["detection"]
-                if not found or not found["auroc"] or not found["roc"]:
-                    continue
-                who = name if len(runs) == 1 else f"{run.name}, {name}"
-                curves.append(Curve(who, tuple(Point(x, y) for x, y in found["roc"]), slot, dash, markers=False))
-                area = found["auroc"]
-                legend.append((figures.swatch(slot, dash), f"{who}: AUROC {area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}], {found['tpr']['n']} attacks"))
+            for dash, (attack, found) in enumerate(_detections(run, family, budget)):
+                name = f"{run.name}, {attack}" if several else attack
+                curves.append(Curve(name, tuple(Point(x, y) for x, y in found["roc"]), slot, dash, markers=False))
+                area = "AUROC {value:.3f} [{low:.3f}, {high:.3f}]".format(**found["auroc"])
+                legend.append((figures.swatch(slot, dash, marker=False), f"{name}: {area}, {found['tpr']['n']} attacks"))
         if curves:
             description = f"ROC of the detector, {describe(family, budget)}. " + "; ".join(text for _, text in legend)
             drawing = figures.line_chart(curves, axis, description=description, y_title="attacks detected, %", diagonal=True, guide=0.05)
             charts.append({"title": capital(describe(family, budget)), "drawing": drawing, "legend": legend})
     return charts
+
+
+def _detections(run: Run, family: str, budget: float) -> list[tuple[str, dict[str, Any]]]:
+    """Detection figures of the attacks at this budget that fooled the model at least once."""
+    return [
+        (name, attack["detection"])
+        for name, attack in run.summary["attacks"].items()
+        if attack["family"] == family and same_budget(attack["budget"], budget) and attack["detection"] and attack["detection"]["auroc"]
+    ]
 
 
 def run_legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
@@ -152,13 +158,14 @@ def crosscheck(run: Run) -> dict[str, str]:
     found = run.crosscheck
     if found is None:
         return {"css": "none", "sign": "–", "text": f"{run.name}: not run."}
-    scope = f"{count(found['checks'])} attacked images inside the certified balls of {count(found['samples'])} images, {count(found['abstained'])} abstentions"
+    images, tries, abstained = (count(found[key]) for key in ("samples", "checks", "abstained"))
+    scope = f"in {tries} attacked images inside the certified balls of {images} images, with {abstained} abstentions"
     chance = found.get("false_alarm_bound")
     luck = f" Sound code would show one with probability at most {chance:.2g}." if chance else ""
     if found["violations"]:
-        text = f"{run.name}: {found['violations']} violations among {scope}.{luck} A certificate or its code is wrong: do not use the certified rows."
-        return {"css": "tick-no", "sign": "✕", "text": text}
-    return {"css": "tick-yes", "sign": "✓", "text": f"{run.name}: no violation among {scope}.{luck}"}
+        verdict = f"{run.name}: {found['violations']} violations {scope}.{luck} Do not use the certified rows."
+        return {"css": "tick-no", "sign": "✕", "text": verdict}
+    return {"css": "tick-yes", "sign": "✓", "text": f"{run.name}: no violation {scope}.{luck}"}
 
 
 def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
@@ -166,23 +173,37 @@ def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     first = runs[0]
     widest = max((c.high - c.low for row in rows if row.group == "accuracy" for c in row.cells if c), default=0.0)
     said = [
-        f"Robust accuracy is an upper bound: it counts what these attacks, with these budgets of queries and steps, could not break. {_effort(first)} "
-        "A stronger or better tuned attack can only lower it. Only the certified rows are lower bounds.",
-        f"{first.summary['samples']} images were evaluated; an interval in the accuracy rows is up to {100 * widest:.0f} points wide. "
-        "Intervals cover the choice of images, not the choice of training seed: each model here was trained once.",
+        f"Robust accuracy is an upper bound: it counts what these attacks could not break with what they spent. {_effort(first)}"
+        "A stronger or better tuned attack can only lower it.",
+        f"{first.summary['samples']} images were evaluated, and an interval in the accuracy rows is up to {100 * widest:.0f} points wide. "
+        "Intervals cover the choice of images, not the luck of training: each column is one trained model.",
     ]
-    if any(run.info.get("detector_attacked") is not True for run in runs) and any(row.group == "detection" for row in rows):
-        said.append("The attacks tried to change the prediction, not to escape the detector. Detection figures are for attackers who ignore it; one who attacks both at once will be detected less often.")
+    if any(row.group == "detection" for row in rows) and first.info.get("detector_attacked") is not True:
+        said.append(
+            "The attacks tried to change the prediction, not to escape the detector. "
+            "The alarm rows hold for attackers who ignore it; expect less against one who attacks both at once."
+        )
+    said += _limits_of_certificates(first)
     if first.summary["dropped"]:
         said.append(f"{first.summary['dropped']} images lack rows for some attack and are counted nowhere.")
-    if any(row.group == "certified" for row in rows):
-        said.append("The certificate is about the smoothed classifier, which answers by majority over noisy copies. The attack rows are about the plain model. They are different classifiers on the same weights.")
-    else:
-        said.append("Nothing here is certified.")
-    if any(d and not d.comparable for row in rows if row.group != "detection" for d in row.differences):
-        said.append("Some rows compare runs with other images or attack settings; no difference is claimed there.")
+    if any(d and not d.comparable for row in rows if not row.key.startswith("detection:") for d in row.differences):
+        said.append("Some rows compare runs with other images or other attack settings; no difference is claimed there.")
     if len(runs) == 1:
-        said.append("There is no comparison model in this report, so it does not show what the defence adds.")
+        said.append("There is no comparison model here, so the report does not show what the defence adds.")
+    return said
+
+
+def _limits_of_certificates(run: Run) -> list[str]:
+    certificates = run.summary["certified"]
+    open_families = [family_name(f) for f in run.summary["headline"] if {"sparse": "l0"}.get(f, f) not in certificates]
+    said = []
+    if "l2" in certificates:
+        said.append(
+            "The certificate is about the smoothed classifier, which answers by majority over noisy copies; "
+            "the attack rows are about the model as it is. These are different classifiers on the same weights."
+        )
+    if open_families:
+        said.append(f"Nothing is certified against: {', '.join(open_families)}.")
     return said
 
 
@@ -190,7 +211,9 @@ def _chart(title: str, curves: Sequence[Curve], axis: Axis, *, y_title: str, x_l
     positions = sorted({p.x for c in curves for p in c.points})
     shown = positions if len(positions) <= 8 else [x for x, _ in axis.ticks if any(math.isclose(x, p, abs_tol=1e-9) for p in positions)]
     table = [(x_label(x), [_at(curve, x) for curve in curves]) for x in shown]
-    text = "; ".join(f"{c.label}: " + ", ".join(f"{percent(cells[i].y)} at {label}" for label, cells in table if cells[i]) for i, c in enumerate(curves))
+    text = "; ".join(
+        f"{c.label}: " + ", ".join(f"{percent(p.y)} at {label}" for label, cells in table if (p := cells[i])) for i, c in enumerate(curves)
+    )
     drawing = figures.line_chart(curves, axis, description=f"{title}, {y_title} against {axis.title}. {text}", y_title=y_title)
     return {"title": title, "drawing": drawing, "axis": axis.title, "names": [c.label for c in curves], "table": table}
 
@@ -199,56 +222,9 @@ def _at(curve: Curve, x: float) -> Point | None:
     return next((p for p in curve.points if math.isclose(p.x, x, rel_tol=1e-6, abs_tol=1e-9)), None)
 
 
-def _examples(run: Run, attack: str, path: Path) -> list[dict[str, Any]]:
-    """The first saved images that were right before the attack (all of them if none was); outcomes are not selected."""
-    arrays = _load_arrays(path)
-    right = np.flatnonzero(arrays["clean_prediction"] == arrays["label"])
-    chosen = (right if len(right) else np.arange(len(arrays["ids"])))[:PICTURES]
-    flagged = {r.sample_id: r.detected for r in run.records if r.attack == attack}
-    classes = (run.info.get("data") or {}).get("classes") or []
-    return [_example(arrays, int(i), classes, flagged.get(int(arrays["ids"][i]))) for i in chosen]
-
-
-def _example(arrays: Mapping[str, NDArray[Any]], i: int, classes: Sequence[Any], detected: bool | None) -> dict[str, Any]:
-    clean, attacked = (arrays[k][i].transpose(1, 2, 0).astype(np.float32) for k in ("clean", "adversarial"))
-    change, change_caption = figures.difference(clean, attacked)
-    heat = arrays["anomaly_map_adv"][i].reshape(arrays["anomaly_map_adv"].shape[-2:]) if "anomaly_map_adv" in arrays else None
-    return {
-        "id": int(arrays["ids"][i]),
-        "label": _class_name(classes, arrays["label"][i]),
-        "before": _class_name(classes, arrays["clean_prediction"][i]),
-        "after": _class_name(classes, arrays["prediction"][i]),
-        "before_confidence": float(arrays["clean_confidence"][i]),
-        "after_confidence": float(arrays["confidence"][i]),
-        "fooled": bool(arrays["prediction"][i] != arrays["label"][i]),
-        "detected": detected,
-        "clean": figures.thumbnail(clean),
-        "attacked": figures.thumbnail(attacked),
-        "change": figures.thumbnail(change),
-        "change_caption": change_caption,
-        "heat": None if heat is None else figures.thumbnail(figures.heat_overlay(attacked, heat)),
-        "peak": None if heat is None else float(heat.max()),
-    }
-
-
-def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise InputError(f"{path}: not a readable examples file ({str(e).splitlines()[0]}); delete it and rerun `amsdn evaluate`") from e
-    missing = [key for key in ARRAYS if key not in arrays]
-    if missing or any(len(arrays[key]) != len(arrays["ids"]) for key in arrays) or arrays["clean"].shape != arrays["adversarial"].shape:
-        raise InputError(f"{path}: not an examples file ({f'{missing[0]} is missing' if missing else 'lengths differ'}); delete it and rerun `amsdn evaluate`")
-    return arrays
-
-
-def _class_name(classes: Sequence[Any], index: Any) -> str:
-    return str(classes[int(index)]) if 0 <= int(index) < len(classes) else str(int(index))
-
-
 def _effort(run: Run) -> str:
     spent = [(a["mean_forwards"] or 0, a["mean_backwards"] or 0) for a in run.summary["attacks"].values()]
     if not spent:
         return ""
-    return f"The longest attack spent {count(max(f for f, _ in spent))} forward and the most gradients were {count(max(b for _, b in spent))} an image on average."
+    forwards, backwards = (count(max(column)) for column in zip(*spent, strict=True))
+    return f"The longest took {forwards} forward passes an image on average, and none more than {backwards} gradients. "

@@ -21,8 +21,10 @@ from markupsafe import Markup
 
 from amsdn.errors import InputError
 from amsdn.evaluation import panels
-from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, as_text, count, headline_rows, percent
+from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, count, headline_rows, percent
+from amsdn.evaluation.pictures import picture_groups
 from amsdn.evaluation.summary import summarise
+from amsdn.evaluation.terminal import as_text
 from amsdn.records import CertRecord, EvalRecord, read_records, write_atomic
 
 
@@ -79,7 +81,9 @@ def _load_run(name: str, folder: Path, headline: Mapping[str, float] | None) -> 
         raise InputError(f"{folder / 'eval.jsonl'}: holds no clean rows; run `amsdn evaluate` to its end first")
     certificates = read_records(folder / "cert.jsonl", CertRecord) if (folder / "cert.jsonl").exists() else []
     crosscheck = _read_json(folder / "crosscheck.json") if (folder / "crosscheck.json").exists() else None
-    if crosscheck is not None and not (isinstance(crosscheck, dict) and {"violations", "samples", "checks", "abstained"} <= crosscheck.keys()):
+    if crosscheck is not None and not (
+        isinstance(crosscheck, dict) and {"violations", "samples", "checks", "abstained"} <= crosscheck.keys()
+    ):
         raise InputError(f"{folder / 'crosscheck.json'}: not a cross-check result; delete it and run `amsdn certify` again")
     return Run(name, info, records, certificates, summarise(records, certificates, headline=headline), crosscheck)
 
@@ -100,8 +104,11 @@ def _data_name(run: Run) -> str:
 
 def _context(title: str, runs: Sequence[Run], rows: Sequence[Row], subject: Path) -> dict[str, Any]:
     """Everything the template shows."""
-    groups = [(GROUPS[group], [(row, panels.strip(row)) for row in rows if row.group == group]) for group in dict.fromkeys(row.group for row in rows)]
-    attacks, pictures = panels.attack_table(runs), panels.picture_groups(runs[0], subject)
+    groups = [
+        (GROUPS[group], [(row, panels.strip(row)) for row in rows if row.group == group])
+        for group in dict.fromkeys(row.group for row in rows)
+    ]
+    attacks, pictures = panels.attack_table(runs), picture_groups(runs[0], subject)
     return {
         "title": title,
         "runs": runs,
@@ -119,7 +126,7 @@ def _context(title: str, runs: Sequence[Run], rows: Sequence[Row], subject: Path
         "crosschecks": [panels.crosscheck(run) for run in runs],
         "limits": panels.limits(runs, rows),
         "run_legend": panels.run_legend(runs),
-        "legend_marks": [mark for mark, _ in panels.run_legend(runs)] if len(runs) > 1 else [""],
+        "legend_marks": [mark for mark, _ in panels.run_legend(runs)],
         "provenance": [_provenance(run) for run in runs],
     }
 
@@ -133,7 +140,9 @@ def _meta(run: Run) -> list[str]:
 
 def _numbers(title: str, runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, Any]:
     """The content of report.json."""
-    headline = [{**dataclasses.asdict(row), "cells": dict(zip((r.name for r in runs), map(_plain, row.cells), strict=True))} for row in rows]
+    headline = [
+        {**dataclasses.asdict(row), "cells": dict(zip((r.name for r in runs), map(_plain, row.cells), strict=True))} for row in rows
+    ]
     per_run = {r.name: {"run": r.info, "summary": r.summary, "crosscheck": _without_rows(r.crosscheck)} for r in runs}
     return {"title": title, "subject": runs[0].name, "headline": headline, "runs": per_run}
 
@@ -189,7 +198,12 @@ def _duration(seconds: float) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("amsdn.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=PackageLoader("amsdn.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters.update(pct=percent, interval=_interval, passes=_passes)
     return environment

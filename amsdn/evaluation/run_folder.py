@@ -40,10 +40,10 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_fingerprint(split: Samples, sample_ids: Sequence[int]) -> str:
-    """Sixteen hex digits of the first images and labels among ``sample_ids``: enough to tell one data set from another."""
+def data_fingerprint(split: Samples) -> str:
+    """Sixteen hex digits of the first sixteen images and labels: enough to tell one data set from another."""
     digest = hashlib.sha256()
-    for tensor in split.fetch(torch.tensor(list(sample_ids[:16]), dtype=torch.long)):
+    for tensor in split.fetch(torch.arange(min(16, len(split)))):
         _update(digest, tensor)
     return digest.hexdigest()[:16]
 

@@ -16,6 +16,7 @@ from amsdn.models.attention.adaptive_attention import AdaptiveAttention
 from amsdn.models.backbone.convnext_fpn import SMALL, FeaturePyramid, build_backbone
 from amsdn.models.consistency import consistent_prediction
 from amsdn.models.detection import DetectionHead, conformal_threshold
+from amsdn.models.layout import space_mean
 from amsdn.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from amsdn.models.purification.selective_purifier import SelectivePurifier
 
@@ -218,7 +219,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         features = raw
         if self.purifier is not None:
             features, anomaly_logits, gates = self.purifier(raw, straight_through=straight_through)
-        embedding = self.norm(torch.cat([f.mean((2, 3)) for f in features], dim=1))
+        embedding = self.norm(torch.cat([space_mean(f) for f in features], dim=1))
         logits = self.classifier(embedding).float()
         return Stages(raw, features, embedding, logits, spatial, scales, anomaly_logits, gates)
 
@@ -280,8 +281,8 @@ def main() -> None:
         images = torch.rand(1, 3, size, size)
         with torch.no_grad():
             a = model.analyze(images)
-        shapes = {"images": images, "features": a.features, "anomaly logits": a.level_anomaly_logits}
-        print_stage(model, shapes | {"anomaly map": a.anomaly_map, "logits": a.logits, "anomaly score": a.anomaly_score})
+        levels = {"features": a.features, "anomaly logits": a.level_anomaly_logits}
+        print_stage(model, {"images": images, **levels, "anomaly map": a.anomaly_map, "logits": a.logits, "score": a.anomaly_score})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from amsdn.attacks import Attack
 from amsdn.evaluation.certification import SmoothingConfig
+from amsdn.evaluation.crosscheck import RecheckConfig
 from amsdn.evaluation.evaluate import EvaluateConfig
 from amsdn.models.amsdn import AMSDNConfig
 from amsdn.training.adversarial_train import AdversarialTrainConfig
@@ -31,3 +32,4 @@ class Recipe:
     certified_samples: int = 100
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     smoothing: SmoothingConfig = field(default_factory=SmoothingConfig)
+    recheck: RecheckConfig = field(default_factory=RecheckConfig)  # attacks on what was certified

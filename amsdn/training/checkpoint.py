@@ -37,9 +37,13 @@ def load_state(folder: Path, settings_hash: str) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found_format, found_hash = state["format"], state["settings"]
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{path}: no training state of AMSDN, or damaged ({type(e).__name__}); delete it to start this stage afresh") from e
+        raise InputError(
+            f"{path}: no training state of AMSDN, or damaged ({type(e).__name__}); delete it to start this stage afresh"
+        ) from e
     if found_format != FORMAT:
         raise InputError(f"{path}: training state of format {found_format}, this version reads {FORMAT}; delete it to start afresh")
     if found_hash != settings_hash:
-        raise InputError(f"{path}: made under other settings ({found_hash}, now {settings_hash}); use another --out, or delete it to start afresh")
+        raise InputError(
+            f"{path}: made under other settings ({found_hash}, now {settings_hash}); use another --out, or delete it to start afresh"
+        )
     return dict(state)

@@ -111,8 +111,11 @@ def train(stage: Stage, model: nn.Module, split: Split, config: LoopConfig, fold
             run.log(output, board, bar)
             if caught:
                 run.save()
-                raise Interrupted(f"{stage.name}: stopped by {signal.Signals(caught[0]).name} after step {run.step} of {run.total}; "
-                                  f"start the same command again to go on", caught[0])
+                raise Interrupted(
+                    f"{stage.name}: stopped by {signal.Signals(caught[0]).name} after step {run.step} of {run.total}; "
+                    f"start the same command again to go on",
+                    caught[0],
+                )
             run.save_if_due()
         run.save()
     return run.ema.model
@@ -223,11 +226,12 @@ class _Run:
 
     def _what_diverged(self, output: StepOutput, norm: Tensor) -> str:
         culprits = [name for name, v in output.metrics.items() if not math.isfinite(float(v))]
+        loss = float(output.loss.detach())
         if not culprits:
-            culprits = ["the gradient"] if math.isfinite(float(output.loss)) else ["the loss"]
+            culprits = ["the gradient"] if math.isfinite(loss) else ["the loss"]
         return (
             f"{self.stage.name}: not finite at step {self.step + 1} of {self.total}: {', '.join(culprits)} "
-            f"(loss {float(output.loss):g}, gradient norm {float(norm):g}); lower the learning rate or turn mixed precision off"
+            f"(loss {loss:g}, gradient norm {float(norm):g}); lower the learning rate or turn mixed precision off"
         )
 
 

@@ -29,9 +29,7 @@ def anomaly_map_loss(level_logits: Sequence[Tensor], changed: Tensor, positive_w
     """
     targets = level_targets(changed, [(m.shape[2], m.shape[3]) for m in level_logits])
     weight = torch.tensor(positive_weight, device=changed.device)
-    terms = [
-        F.binary_cross_entropy_with_logits(m.float(), t, pos_weight=weight) for m, t in zip(level_logits, targets, strict=True)
-    ]
+    terms = [F.binary_cross_entropy_with_logits(m.float(), t, pos_weight=weight) for m, t in zip(level_logits, targets, strict=True)]
     return torch.stack(terms).mean()
 
 
@@ -46,9 +44,7 @@ def detector_losses(level_logits: Sequence[Tensor], anomaly_logit: Tensor, chang
 
 def feature_pull(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over levels and locations of 1 - cosine similarity across channels; scalar, zero when they agree."""
-    terms = [
-        1 - F.cosine_similarity(s.float(), t.detach().float(), dim=1, eps=1e-6).mean() for s, t in zip(student, teacher, strict=True)
-    ]
+    terms = [1 - F.cosine_similarity(s.float(), t.detach().float(), dim=1, eps=1e-6).mean() for s, t in zip(student, teacher, strict=True)]
     return torch.stack(terms).mean()
 
 

@@ -66,7 +66,7 @@ class SSRT(Stage):
 
     def __init__(self, config: PretrainConfig, model: AMSDN) -> None:
         self.config = config
-        width = model.embedding_dim
+        width = model.classifier.in_features
         self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.projection))
 
     def extra_modules(self) -> nn.ModuleDict:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amsdn.models.layout import channel_max, channel_mean, space_mean
+
 
 class SpatialAttention(nn.Module):
     """Where: f [B,C,H,W] -> gate [B,1,H,W] in (0,2), from the mean and maximum over channels; 1 at the start."""
@@ -21,7 +23,7 @@ class SpatialAttention(nn.Module):
         _zero(self.score)
 
     def forward(self, f: Tensor) -> Tensor:
-        pooled = torch.cat([f.mean(1, keepdim=True), f.amax(1, keepdim=True)], dim=1)
+        pooled = torch.cat([channel_mean(f), channel_max(f)], dim=1)
         return 2 * torch.sigmoid(self.score(pooled))
 
 
@@ -35,7 +37,7 @@ class ChannelAttention(nn.Module):
         _zero(self.excite)
 
     def forward(self, f: Tensor) -> Tensor:
-        gate = self.excite(F.gelu(self.squeeze(f.mean((2, 3)))))
+        gate = self.excite(F.gelu(self.squeeze(space_mean(f))))
         return 2 * torch.sigmoid(gate)[:, :, None, None]
 
 
@@ -43,30 +45,30 @@ class PyramidAttention(nn.Module):
     """At which scale: every level receives, per location, a softmax-weighted mixture of all levels.
 
     Levels [B,C,Hl,Wl] -> (levels of the same shapes, weights: per level [B,L,Hl,Wl], summing to 1 over L).
-    Each source level scores itself once for every target, and is carried to the target's grid as C // reduction values;
-    both are 1x1 convolutions on the source's own grid, so the finest grid only sees thin tensors. The mixture is
-    added through a projection that starts at zero.
+    On its own grid, one 1x1 convolution gives each source level a score for every target and C // reduction values; these
+    are what travels between grids, so the finest grid only sees thin tensors. The mixture is added through a projection
+    that starts at zero.
     """
 
-    def __init__(self, channels: int, levels: int = 4, reduction: int = 4) -> None:
+    def __init__(self, channels: int, levels: int = 4, reduction: int = 8) -> None:
         super().__init__()
-        thin = max(channels // reduction, 8)
-        self.scores = nn.ModuleList(nn.Conv2d(channels, levels, 1) for _ in range(levels))
-        self.values = nn.ModuleList(nn.Conv2d(channels, thin, 1) for _ in range(levels))
-        self.outs = nn.ModuleList(nn.Conv2d(thin, channels, 1) for _ in range(levels))
+        self.thin = max(channels // reduction, 8)
+        self.sources = nn.ModuleList(nn.Conv2d(channels, self.thin + levels, 1) for _ in range(levels))
+        self.outs = nn.ModuleList(nn.Conv2d(self.thin, channels, 1) for _ in range(levels))
         for out in self.outs:
             _zero(out)
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        scores = [score(f) for score, f in zip(self.scores, levels, strict=True)]
-        values = [value(f) for value, f in zip(self.values, levels, strict=True)]
+        pairs = [torch.split(source(f), [self.thin, len(levels)], dim=1) for source, f in zip(self.sources, levels, strict=True)]
         mixed, weights = [], []
         for target, (f, out) in enumerate(zip(levels, self.outs, strict=True)):
-            size = f.shape[-2:]
-            score = torch.cat([resize(s[:, target : target + 1], size) for s in scores], dim=1)
-            weight = score.float().softmax(1)
-            thin = weight.to(values[0].dtype)
-            mixture = sum(resize(v, size) * thin[:, k : k + 1] for k, v in enumerate(values))
+            size = (f.shape[-2], f.shape[-1])
+            scores = torch.cat([resize(score[:, target : target + 1], size) for _, score in pairs], dim=1)
+            weight = scores.float().softmax(1)
+            shares = weight.to(scores.dtype).split(1, dim=1)
+            mixture = resize(pairs[0][0], size) * shares[0]
+            for (value, _), share in zip(pairs[1:], shares[1:], strict=True):
+                mixture = torch.addcmul(mixture, resize(value, size), share)
             mixed.append(f + out(mixture))
             weights.append(weight)
         return mixed, weights
@@ -96,19 +98,18 @@ class AdaptiveAttention(nn.Module):
         return AttentionOutput(mixed, spatial, pyramid)
 
 
-def resize(f: Tensor, size: tuple[int, ...]) -> Tensor:
+def resize(f: Tensor, size: tuple[int, int]) -> Tensor:
     """f [B,C,h,w] -> [B,C,*size]: means when shrinking, nearest neighbours when growing."""
-    if f.shape[-2:] == tuple(size):
+    if f.shape[-2:] == size:
         return f
     if f.shape[-2] >= size[0]:
         return F.adaptive_avg_pool2d(f, size)
     return F.interpolate(f, size=size, mode="nearest")
 
 
-def _zero(layer: nn.Conv2d | nn.Linear) -> None:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def main() -> None:

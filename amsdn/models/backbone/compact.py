@@ -4,6 +4,8 @@ At 32 px almost all cost of a ConvNeXt is memory traffic that a CPU cannot hide;
 pixels are the opposite. Measured figures are in the design notes, section 8.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,7 +58,7 @@ class CompactBackbone(Backbone):
         self.strides = [2, 4, 8, 16]
         self.stem = conv_norm(3, width)
         widths = [width, *self.channels]
-        self.levels = nn.ModuleList(Level(a, b, residual=i < 3) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)))
+        self.levels = nn.ModuleList(Level(a, b, residual=i < 3) for i, (a, b) in enumerate(pairwise(widths)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = F.gelu(self.stem(x))

@@ -5,11 +5,12 @@
 """
 
 from collections import OrderedDict
+from itertools import pairwise
 from typing import Any
 
 import timm
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -67,6 +68,7 @@ class TimmBackbone(Backbone):
 
     def __init__(self, name: str, pretrained: bool | str, stem_stride: int | None, drop_path: float) -> None:
         super().__init__()
+        self.network: Any
         is_convnext = name.startswith("convnext")
         if stem_stride is not None and stem_stride not in (1, 2, 4):
             raise InputError(f"stem_stride must be 1, 2 or 4, got {stem_stride}; 2 suits images of 32 px")
@@ -78,47 +80,40 @@ class TimmBackbone(Backbone):
         if pretrained:
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": pretrained_weights(name, pretrained)}}
         self.network = _timm_features(name, options)
-        reductions = list(self.network.feature_info.reduction())
         self.channels = list(self.network.feature_info.channels())
-        self.strides = reductions
-        if is_convnext and stem_stride is not None and stem_stride != reductions[0]:
-            _replace_stem(self.network, stem_stride)
+        self.strides = list(self.network.feature_info.reduction())
+        if stem_stride not in (None, self.strides[0]):
+            assert stem_stride is not None
+            _replace_stem(self.network, stem_stride, name)
             self.strides = [stem_stride * 2**i for i in range(4)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return list(self.network(x))
 
 
-def _timm_features(name: str, options: dict[str, Any]) -> nn.Module:
+def _timm_features(name: str, options: dict[str, Any]) -> Any:
     """timm's network with its last four levels as outputs, or one InputError that says why it cannot serve."""
     remedy = f"choose one of {', '.join(VARIANTS)} or a convolutional timm network"
     if not timm.is_model(name):
         raise InputError(f"timm:{name}: timm {timm.__version__} has no such network; {remedy}")
     try:
-        network: nn.Module = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), **options)
+        network: Any = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), **options)
     except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError, IndexError) as e:
         raise InputError(f"timm:{name}: cannot serve as a four-level backbone ({str(e).splitlines()[0]}); {remedy}") from e
     strides = list(network.feature_info.reduction())
-    if len(strides) != 4 or any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
+    if len(strides) != 4 or any(b != 2 * a for a, b in pairwise(strides)):
         raise InputError(f"timm:{name}: needs four levels whose strides double, has strides {strides}; {remedy}")
     return network
 
 
-def _replace_stem(network: nn.Module, stride: int) -> None:
-    """Put 3x3/s1 - norm - GELU - 3x3/stride before ConvNeXt's first norm (the stock stem sees 32 px as 8x8)."""
-    stem = network.stem_0
-    # Some ConvNeXts have a stem of several convolutions and their norm last; ours ends where the norm begins.
-    norm_name = max(n for n, _ in network.named_children() if n.startswith("stem_"))
-    width = network.get_submodule(norm_name).weight.shape[0]
+def _replace_stem(network: Any, stride: int, name: str) -> None:
+    """Put 3x3/s1 - norm - GELU - 3x3/stride in the place of the 4x4/s4 convolution; the norm after it stays."""
+    names = [n for n, _ in network.named_children() if n.startswith("stem_")]
+    if names != ["stem_0", "stem_1"] or not isinstance(network.stem_0, nn.Conv2d):
+        raise InputError(f"timm:{name}: its stem is no single convolution, so stem_stride cannot replace it; leave stem_stride out")
+    width = network.stem_0.out_channels
     thin = max(width // 2, 16)
-    assert isinstance(stem, nn.Conv2d)
-    network.stem_0 = nn.Sequential(
-        nn.Conv2d(3, thin, 3, 1, 1), LayerNorm2d(thin), nn.GELU(), nn.Conv2d(thin, width, 3, stride, 1)
-    )  # fmt: skip
-    for name, child in list(network.named_children()):
-        if name.startswith("stem_") and name not in ("stem_0", norm_name):
-            assert not list(child.children())
-            setattr(network, name, nn.Identity())
+    network.stem_0 = nn.Sequential(nn.Conv2d(3, thin, 3, 1, 1), LayerNorm2d(thin), nn.GELU(), nn.Conv2d(thin, width, 3, stride, 1))
 
 
 class FeaturePyramid(nn.Module):

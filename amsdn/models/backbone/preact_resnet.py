@@ -3,6 +3,8 @@
 He et al. 2016, "Identity mappings in deep residual networks"; smooth activations after Gowal et al. 2020.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,8 +40,7 @@ class PreActBackbone(Backbone):
         self.stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         widths = [64, *self.channels]
         self.stages = nn.ModuleList(
-            nn.Sequential(PreActBlock(a, b, 1 if i == 0 else 2), PreActBlock(b, b, 1))
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            nn.Sequential(PreActBlock(a, b, 1 if i == 0 else 2), PreActBlock(b, b, 1)) for i, (a, b) in enumerate(pairwise(widths))
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in self.channels)
 

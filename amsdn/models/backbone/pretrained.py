@@ -53,7 +53,7 @@ def _from_hub(name: str) -> Path:
     """timm's file for ``name`` from the hub's cache, else downloaded; never waits long for a network that is not there."""
     config = get_pretrained_cfg(name)
     repo = getattr(config, "hf_hub_id", None)
-    if not repo:
+    if config is None or not repo:
         raise InputError(f"{name}: timm publishes no weights for it; use pretrained=False or a path to a {FILENAME}")
     # timm writes "timm/" and leaves the repository's name to be that of the network and its training tag.
     repo = f"{repo}{name}.{config.tag}" if repo.endswith("/") else repo

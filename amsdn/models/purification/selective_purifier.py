@@ -38,28 +38,28 @@ class Denoiser(nn.Module):
 
     A normalised convolution (Knutsson and Westin 1993; "partial convolution", Liu et al. 2018): every location counts
     with weight 1 - anomaly, and the sum is divided by the weight present, so a location with anomaly 1 has exactly no
-    influence, on itself or others. It starts as the weighted mean of the surroundings.
-    Where the whole window is anomalous, the weighted mean of the whole level stands in.
+    influence, on itself or others. It runs on a grid of half the size, where a 3x3 window reaches over 6x6 locations,
+    and starts as the weighted mean of that window. Where all of the window is anomalous, nothing is known: zero
+    plus the bias of ``mix`` stands in, and the location drops out of the pooled evidence.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 5) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.radius = kernel_size // 2
-        self.gather = nn.Conv2d(channels, channels, kernel_size, padding=self.radius, groups=channels, bias=False)
+        self.gather = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.mix = nn.Conv2d(channels, channels, 1)
-        nn.init.constant_(self.gather.weight, 1 / kernel_size**2)
+        nn.init.constant_(self.gather.weight, 1 / 9)
         nn.init.dirac_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
 
     def forward(self, f: Tensor, anomaly: Tensor) -> Tensor:
-        keep = (1 - anomaly).float()
-        # The mass is one channel: full precision costs nothing, and a reduced one would bias the mean.
-        mass = F.avg_pool2d(keep, 2 * self.radius + 1, stride=1, padding=self.radius, count_include_pad=True)
-        weighted = f * keep.to(f.dtype)
-        local = self.gather(weighted) * (1 / mass.clamp_min(MIN_MASS)).to(f.dtype)
-        level_mean = weighted.mean((2, 3), keepdim=True) / keep.mean((2, 3), keepdim=True).clamp_min(MIN_MASS).to(f.dtype)
-        rebuilt: Tensor = self.mix(torch.where(mass > MIN_MASS, local, level_mean.to(local.dtype)))
-        return rebuilt
+        size = (f.shape[-2], f.shape[-1])
+        half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        keep = 1 - anomaly
+        # The mass is a single channel: full precision is free, and a rounded one would bias the mean.
+        mass = F.avg_pool2d(F.adaptive_avg_pool2d(keep, half), 3, stride=1, padding=1)
+        gathered = self.gather(F.adaptive_avg_pool2d(f * keep.to(f.dtype), half))
+        rebuilt = self.mix(gathered * (1 / mass.clamp_min(MIN_MASS)).to(f.dtype))
+        return F.interpolate(rebuilt, size=size, mode="nearest")
 
 
 class PurifierOutput(NamedTuple):
@@ -94,9 +94,8 @@ class SelectivePurifier(nn.Module):
             logit = head(f).float()
             anomaly = torch.sigmoid(logit)
             gate = self.gate(anomaly, straight_through)
-            # Both products, not f + gate * (rebuilt - f): where the gate is 1, nothing of f may survive even as rounding.
-            g = gate.to(f.dtype)
-            fused.append(f * (1 - g) + denoiser(f, anomaly) * g)
+            # lerp is exact at both ends: where the gate is 1 nothing of f survives, not even as rounding.
+            fused.append(torch.lerp(f, denoiser(f, anomaly).to(f.dtype), gate.to(f.dtype)))
             logits.append(logit)
             gates.append(gate)
         return PurifierOutput(fused, logits, gates)

@@ -1,0 +1,142 @@
+"""The three stages on a tiny network: they learn what they claim to, from what they claim to, and resume exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from amsdn.attacks import Attack, PatchPGD, PGDAttack, SparsePGD
+from amsdn.data import ArraySplit, Augment
+from amsdn.models.amsdn import AMSDN, AMSDNConfig
+from amsdn.training.adversarial_train import AdversarialTrainConfig, AdversarialTraining, craft
+from amsdn.training.finetune_attacks import FinetuneConfig, Finetuning
+from amsdn.training.loop import Batch, LoopConfig, Stage, train
+from amsdn.training.pretrain_ssrt import SSRT, InstanceClassifier, PretrainConfig
+
+LOOP = LoopConfig(epochs=2, batch_size=10, learning_rate=1e-3, checkpoint_every_s=0)
+AUGMENT = Augment(flip=True, shift=1)
+PATCH: Attack = PatchPGD(size=4, num_steps=2, alpha=0.25, stop_when_fooled=False)
+SPARSE: Attack = SparsePGD(k=6, num_steps=2, stop_when_fooled=False)
+DENSE: Attack = PGDAttack(epsilon=8 / 255, alpha=4 / 255, num_steps=2, stop_when_fooled=False)
+
+
+def make_stage(name: str, model: AMSDN) -> Stage:
+    if name == "pretrain":
+        return SSRT(PretrainConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH, SPARSE), projection=8), model)
+    if name == "train":
+        return AdversarialTraining(AdversarialTrainConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH, SPARSE), clean_start=0))
+    return Finetuning(FinetuneConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH, SPARSE, DENSE), mask_side=4))
+
+
+def batch_of(split: ArraySplit, seed: int = 0) -> Batch:
+    x, y = split.fetch(torch.arange(10))
+    return Batch(x, y, torch.Generator().manual_seed(seed), 0.5)
+
+
+def weights_after(name: str, config: AMSDNConfig, split: ArraySplit, folder: Path, stop_after: int | None = None) -> dict[str, Tensor]:
+    """Run a stage from the same start; with ``stop_after`` it dies there once, without saving, and is run again."""
+    for attempt in range(2 if stop_after is not None else 1):
+        torch.manual_seed(3)
+        model = AMSDN.from_config(config)
+        stage = make_stage(name, model)
+        if attempt == 0 and stop_after is not None:
+            original, count = stage.step, iter(range(1000))
+
+            def dying(*args, original=original, count=count):  # type: ignore[no-untyped-def]
+                if next(count) == stop_after:
+                    raise KeyboardInterrupt
+                return original(*args)
+
+            stage.step = dying  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt):
+                train(stage, model, split, LOOP, folder)
+        else:
+            return train(stage, model, split, LOOP, folder).state_dict()
+    raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["pretrain", "train", "finetune"])
+def test_every_stage_resumes_bit_for_bit(name: str, tiny_config: AMSDNConfig, tiny_split: ArraySplit, tmp_path: Path) -> None:
+    whole = weights_after(name, tiny_config, tiny_split, tmp_path / "whole")
+    cut = weights_after(name, tiny_config, tiny_split, tmp_path / "cut", stop_after=5)
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "train", "finetune"])
+def test_every_trained_part_receives_a_gradient(name: str, tiny_config: AMSDNConfig, tiny_split: ArraySplit) -> None:
+    tiny_model = AMSDN.from_config(replace(tiny_config, purification_threshold=0.01))  # below the untrained anomaly: gates are open
+    stage, teacher = make_stage(name, tiny_model), AMSDN.from_config(tiny_model.config).eval()
+    reached: set[str] = set()
+    for seed in range(6):  # several, since a batch meets one attack
+        tiny_model.zero_grad()
+        stage.step(tiny_model.train(), teacher, batch_of(tiny_split, seed)).loss.backward()
+        reached |= {n for n, p in tiny_model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+    parts = ["backbone", "pyramid", "attention", "purifier.heads", "purifier.denoisers", "detector"]
+    parts += [] if name == "pretrain" else ["classifier"]
+    missed = [part for part in parts if not any(n.startswith(part) for n in reached)]
+    assert not missed
+
+
+def test_pretraining_uses_no_labels(tiny_config: AMSDNConfig, tiny_split: ArraySplit, tmp_path: Path) -> None:
+    shuffled = ArraySplit(tiny_split.images, torch.zeros_like(tiny_split.labels))
+    a = weights_after("pretrain", tiny_config, tiny_split, tmp_path / "a")
+    b = weights_after("pretrain", tiny_config, shuffled, tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_instances_are_recognised_by_their_own_embedding(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+    x = tiny_split.fetch(torch.arange(10))[0]
+    model = tiny_model.eval()
+    bank = model.trace(x).embedding.detach()
+    assert (InstanceClassifier(model, torch.nn.Identity(), bank, 0.1)(x).argmax(1) == torch.arange(10)).all()
+
+
+def test_crafting_happens_in_eval_mode_and_gives_train_mode_back(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+    x, y = tiny_split.fetch(torch.arange(10))
+    before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
+    x_adv = craft(tiny_model.train(), PATCH, x, y, torch.Generator().manual_seed(0))
+    assert tiny_model.training
+    assert all(torch.equal(v, before[k]) for k, v in tiny_model.state_dict().items()), "batch statistics moved while attacking"
+    assert PATCH.threat.contains(x_adv, x).all()
+    assert all(p.grad is None and p.requires_grad for p in tiny_model.parameters())
+
+
+def test_without_attacks_training_is_plain_supervision(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+    stage = AdversarialTraining(AdversarialTrainConfig(loop=LOOP, augment=AUGMENT, attacks=()))
+    output = stage.step(tiny_model.train(), tiny_model, batch_of(tiny_split))
+    assert set(output.metrics) == {"accuracy"}
+
+
+def test_the_clean_start_attacks_nothing_and_what_follows_does(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+    stage = AdversarialTraining(AdversarialTrainConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH,), clean_start=0.6))
+    batch = batch_of(tiny_split)
+    assert "accuracy_attacked" not in stage.step(tiny_model.train(), tiny_model, batch).metrics
+    assert "accuracy_attacked" in stage.step(tiny_model.train(), tiny_model, replace(batch, progress=0.6)).metrics
+
+
+def test_finetuning_remembers_the_error_of_the_attack_it_drew_and_keeps_all_alive(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+    stage = make_stage("finetune", tiny_model)
+    assert isinstance(stage, Finetuning)
+    before = stage.running_error.clone()
+    output = stage.step(tiny_model.train(), tiny_model, batch_of(tiny_split))
+    moved = (stage.running_error != before).nonzero().squeeze(1)
+    assert len(moved) <= 1
+    expected = 0.95 * 0.5 + 0.05 * (1 - float(output.metrics["accuracy_attacked"]))
+    assert torch.isclose(stage.running_error[moved], torch.tensor(expected, dtype=torch.float64)).all()
+    for _ in range(200):
+        stage._remember(0, replace_accuracy(output, 1.0))
+    assert float(stage.running_error[0]) == 0.05
+
+
+def replace_accuracy(output, value: float):  # type: ignore[no-untyped-def]
+    return replace(output, metrics={"accuracy_attacked": torch.tensor(value)})
+
+
+def test_draws_follow_the_running_errors() -> None:
+    from amsdn.training.adversarial_train import draw
+
+    gen = torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([draw(torch.tensor([0.1, 0.3]), gen) for _ in range(4000)]), minlength=2)
+    assert abs(float(counts[1] / 4000) - 0.75) < 0.03
