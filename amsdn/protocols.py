@@ -3,11 +3,12 @@
 A classifier maps images, float32 [B,3,H,W] in [0,1], to logits [B,K]; normalisation is its own business.
 Attacks and evaluation know nothing else, so any PyTorch module that does this can be attacked and evaluated.
 
-A defence says the truth about itself by two optional attributes, and evaluation applies the matching
-countermeasure without being asked:
+A defence says the truth about itself by optional attributes, and evaluation applies the matching
+countermeasure, or asks the matching question, without being told to:
 
 - ``stochastic = True``: the output varies from call to call; attacks then average over draws (EOT).
 - ``differentiable_surrogate()``: a module to take gradients through where the real forward has none (BPDA).
+- ``analyze(x)``: it also detects attacks (see ``Detector``), unless ``has_detector`` is False.
 """
 
 from typing import Any, Protocol, cast, runtime_checkable
@@ -39,6 +40,11 @@ class Detector(Protocol):
     """A classifier that can also say which images look attacked, and where."""
 
     def analyze(self, x: Tensor, /) -> Analysis: ...
+
+
+def detector_of(model: object) -> Detector | None:
+    """The model as a detector, or None for one without ``analyze`` or that says ``has_detector = False``."""
+    return model if isinstance(model, Detector) and getattr(model, "has_detector", True) else None
 
 
 def is_stochastic(model: object) -> bool:

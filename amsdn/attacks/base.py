@@ -124,8 +124,7 @@ class ActiveSet:
         self._rows = torch.arange(len(x), device=x.device)
         self._score = torch.full((len(x),), -torch.inf, device=x.device)
         self._done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        # Looking whether anything is finished waits for the device, so an accelerator is asked less often.
-        self._every, self._tick = (1 if x.device.type == "cpu" else 8), 0
+        self._every, self._tick = _poll_every(x.device), 0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -173,6 +172,11 @@ class ActiveSet:
         if len(self):
             self.record(x_adv, *self.query(x_adv, loss))
         return self.result()
+
+
+def _poll_every(device: torch.device) -> int:
+    """Records between two looks for finished samples: a look waits for the device, so an accelerator is asked less often."""
+    return 1 if device.type == "cpu" else 8
 
 
 @dataclass(frozen=True, kw_only=True)

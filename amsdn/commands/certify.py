@@ -67,5 +67,5 @@ def _defaults(recipe: Recipe) -> CertifyOptions:
 def _table(certificates: Sequence[CertRecord], config: SmoothingConfig) -> str:
     lines = [f"certified accuracy of the smoothed classifier, sigma {config.sigma:g}, {len(certificates)} images:"]
     for radius in RADII:
-        lines.append(f"  l2 radius {radius:<4g}  {share([c.correct and c.radius >= radius for c in certificates]).as_text()}")
+        lines.append(f"  l2 radius {radius:<4g}  {share([c.correct and c.radius >= radius for c in certificates])}")
     return "\n".join(lines)

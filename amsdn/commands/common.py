@@ -31,8 +31,10 @@ def open_data(name: str, root: Path | None, limit: int | None, device: torch.dev
 def open_model(model: str, device: torch.device) -> nn.Module:
     """``--model``: a folder written by AMSDN, or ``module:function`` whose call returns a torch classifier; in eval mode."""
     if ":" in model and not Path(model).exists():
-        return _call_factory(model).to(device).eval()
-    return load_model(model, device)
+        opened = _call_factory(model).eval()
+    else:
+        opened = load_model(model, device)
+    return opened.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _call_factory(spec: str) -> nn.Module:

@@ -180,3 +180,11 @@ def _certify_sample(smoothed: SmoothedClassifier, split: Samples, sample_id: int
         samples=found.samples,
         seconds=round(time.perf_counter() - started, 4),
     )
+
+
+if __name__ == "__main__":
+    import sys
+
+    from amsdn.cli import main
+
+    sys.exit(main(["certify", *sys.argv[1:]]))

@@ -25,7 +25,7 @@ from amsdn.attacks.base import RESCORE_DRAWS, Attack
 from amsdn.errors import InputError
 from amsdn.evaluation.detection import map_auroc
 from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, id_range, model_fingerprint, writing_to
-from amsdn.protocols import Detector, check_eval_mode, check_images, device_of, is_stochastic
+from amsdn.protocols import check_eval_mode, check_images, detector_of, device_of, is_stochastic
 from amsdn.records import EvalRecord, RecordLog, config_hash, write_atomic
 from amsdn.threats import changed_pixels
 from amsdn.utils.helpers import derive_seed, generator
@@ -226,9 +226,10 @@ def label_margin(logits: Tensor, y: Tensor) -> Tensor:
 def _detection(model: nn.Module, outcome: Outcome, local: bool) -> tuple[list[Any], list[Any], list[Any]]:
     """Anomaly scores, decisions and (for local attacks) localisation of the attacked images; all None without a detector."""
     nothing: list[Any] = [None] * len(outcome.x)
-    if not isinstance(model, Detector):
+    detector = detector_of(model)
+    if detector is None:
         return nothing, nothing, nothing
-    analysis = model.analyze(outcome.x_adv)
+    analysis = detector.analyze(outcome.x_adv)
     localisation = map_auroc(analysis.anomaly_map, changed_pixels(outcome.x_adv, outcome.x)) if local else nothing
     return analysis.anomaly_score.tolist(), analysis.detected.tolist(), localisation
 
@@ -253,9 +254,9 @@ def example_arrays(model: nn.Module, outcome: Outcome, chunk: Sequence[int], kee
         "clean_confidence": before.amax(1),
         "adv_confidence": after.gather(1, prediction[:, None]).squeeze(1),
     }
-    if isinstance(model, Detector):
-        arrays["anomaly_map_clean"] = model.analyze(x).anomaly_map.float()
-        arrays["anomaly_map_adv"] = model.analyze(x_adv).anomaly_map.float()
+    if detector := detector_of(model):
+        arrays["anomaly_map_clean"] = detector.analyze(x).anomaly_map.float()
+        arrays["anomaly_map_adv"] = detector.analyze(x_adv).anomaly_map.float()
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
@@ -296,3 +297,11 @@ def check_same_attacks(rows: Iterable[EvalRecord], attacks: Mapping[str, Attack]
 
 def _chunks(ids: list[int], size: int) -> list[list[int]]:
     return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+if __name__ == "__main__":
+    import sys
+
+    from amsdn.cli import main
+
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

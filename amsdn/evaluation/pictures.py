@@ -14,7 +14,7 @@ from amsdn.evaluation import figures
 from amsdn.evaluation.headline import Run, capital, describe, strongest_attack
 
 PICTURES = 4  # images shown for each threat
-ARRAYS = ("ids", "clean", "adversarial", "label", "clean_prediction", "prediction", "clean_confidence", "confidence")
+ARRAYS = ("ids", "clean", "adversarial", "label", "clean_prediction", "prediction", "clean_confidence", "adv_confidence")
 
 
 def picture_groups(run: Run, folder: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def _example(arrays: Mapping[str, NDArray[Any]], i: int, classes: Sequence[Any],
         "before": _class_name(classes, arrays["clean_prediction"][i]),
         "after": _class_name(classes, arrays["prediction"][i]),
         "before_confidence": float(arrays["clean_confidence"][i]),
-        "after_confidence": float(arrays["confidence"][i]),
+        "after_confidence": float(arrays["adv_confidence"][i]),
         "fooled": bool(arrays["prediction"][i] != arrays["label"][i]),
         "detected": detected,
         "clean": figures.thumbnail(clean),

@@ -7,7 +7,7 @@ A run folder holds ``run.json`` (provenance), ``eval.jsonl`` (EvalRecord rows) a
 (CertRecord rows), ``crosscheck.json`` and ``examples/<attack>.npz``. All keys of run.json are optional; read here are
 ``command`` (text or a list), ``commit``, ``date``, ``seed``, ``versions``, ``hardware``, ``seconds``,
 ``model {config, parameters, fingerprint, detection_threshold, false_positive_rate}``, ``data {name, split, samples, classes}``
-and ``detector_attacked`` (true where the attacks optimised against the detector too).
+``headline {family: budget}`` and ``detector_attacked`` (true where the attacks optimised against the detector too).
 """
 
 import dataclasses
@@ -56,7 +56,10 @@ def terminal_table(runs: Mapping[str, Path]) -> str:
 
 
 def load_runs(runs: Mapping[str, Path]) -> list[Run]:
-    """Read and summarise every run folder, all at the headline budgets of the first. Raises InputError as build_report does."""
+    """Read and summarise every run folder, all at the headline budgets that the first one's run.json names (else its largest).
+
+    Raises InputError as build_report does.
+    """
     if not runs:
         raise InputError("no run folder given; name at least one folder made by `amsdn evaluate`")
     loaded: list[Run] = []
@@ -74,8 +77,9 @@ def _load_run(name: str, folder: Path, headline: Mapping[str, float] | None) -> 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder; make it with `amsdn evaluate`")
     info = _read_json(folder / "run.json")
-    if not isinstance(info, dict):
-        raise InputError(f"{folder / 'run.json'}: not a JSON object; delete the folder and evaluate again")
+    parts = [info.get(key) for key in ("data", "model", "versions", "seconds", "headline")] if isinstance(info, dict) else [info]
+    if not isinstance(info, dict) or not all(part is None or isinstance(part, dict) for part in parts):
+        raise InputError(f"{folder / 'run.json'}: not a JSON object of the expected shape; delete the folder and evaluate again")
     records = read_records(folder / "eval.jsonl", EvalRecord)
     if not any(r.family == "clean" for r in records):
         raise InputError(f"{folder / 'eval.jsonl'}: holds no clean rows; run `amsdn evaluate` to its end first")
@@ -85,16 +89,21 @@ def _load_run(name: str, folder: Path, headline: Mapping[str, float] | None) -> 
         isinstance(crosscheck, dict) and {"violations", "samples", "checks", "abstained"} <= crosscheck.keys()
     ):
         raise InputError(f"{folder / 'crosscheck.json'}: not a cross-check result; delete it and run `amsdn certify` again")
-    return Run(name, info, records, certificates, summarise(records, certificates, headline=headline), crosscheck)
+    summary = summarise(records, certificates, headline=headline or info.get("headline"))
+    return Run(name, info, records, certificates, summary, crosscheck)
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), parse_constant=_refuse)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); finish the run with `amsdn evaluate` first") from e
     except ValueError as e:
         raise InputError(f"{path}: not valid JSON ({e}); delete it and run the stage again") from e
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _data_name(run: Run) -> str:

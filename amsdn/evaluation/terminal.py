@@ -25,7 +25,7 @@ def _pick(row: Row, pair: Sequence[int]) -> tuple[Row, list[Cell | None], Differ
 
 
 def _text_block(names: Sequence[str], rows: Sequence[tuple[Row, list[Cell | None], Difference | None]]) -> str:
-    titles = [textwrap.wrap(n, 20, max_lines=2, placeholder="…") or [""] for n in names]
+    titles = [_title(name) for name in names]
     upper = [t[0] if len(t) == 2 else "" for t in titles]
     lines = [
         ["", *upper, *([] if len(names) == 1 else [""]), ""],
@@ -43,6 +43,12 @@ def _text_block(names: Sequence[str], rows: Sequence[tuple[Row, list[Cell | None
     rule = "-" * max(map(len, text))
     assert len(rule) <= TERMINAL_WIDTH, f"the table is {len(rule)} columns wide"
     return "\n".join([*([text[0]] if any(upper) else []), text[1], rule, *text[2:], rule])
+
+
+def _title(name: str) -> list[str]:
+    """A run's name on one or two lines of at most 20 columns."""
+    first, *rest = textwrap.wrap(name, 20) or [""]
+    return [first, _clip(" ".join(rest), 20)] if rest else [first]
 
 
 def _text_cell(cell: Cell | None) -> str:

@@ -55,5 +55,5 @@ def conformal_threshold(clean_scores: Tensor, false_positive_rate: float) -> flo
     if not bool(((scores >= 0) & (scores <= 1)).all()):
         raise InputError("calibrate: clean scores must be finite and lie in [0,1]; pass analyze(x).anomaly_score, not logits")
     count = scores.numel()
-    above = math.floor((count + 1) * false_positive_rate + 1e-9)  # how many of N+1 may exceed it; the slack undoes 20 * 0.05 < 1
+    above = math.floor((count + 1) * false_positive_rate + 1e-9)  # how many of N+1 may exceed it; the slack undoes 100 * 0.29 < 29
     return 1.0 if above == 0 else float(scores.sort().values[count - above])

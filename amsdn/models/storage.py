@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
+from amsdn.models.hub import HubError, fetch
 from amsdn.records import write_atomic, write_json
 
 CONFIG = "config.json"
@@ -59,11 +58,9 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> AMSDN:
 
 def _from_hub(repo: str) -> Path:
     try:
-        for name in (WEIGHTS, CONFIG):
-            found = Path(hf_hub_download(repo, name, etag_timeout=5))
-    except (HFValidationError, OSError, RuntimeError, ValueError) as e:
-        raise InputError(f"{repo}: no such folder, and the hub gave no such model ({type(e).__name__}); check the path") from e
-    return found.parent
+        return [fetch(repo, name) for name in (WEIGHTS, CONFIG)][-1].parent
+    except HubError as e:
+        raise InputError(f"{repo}: no such folder, and the hub gave no such model ({e}); check the path") from e
 
 
 def _read_config(folder: Path) -> AMSDNConfig:

@@ -9,7 +9,7 @@ import torch
 from attack_toys import Gate, Linear, gate_images, images, small_net
 from torch import Tensor, nn
 
-from amsdn.attacks import ActiveSet, Attack, Goal, Margin, PGDAttack, SparsePGD, Victim
+from amsdn.attacks import ActiveSet, Attack, Goal, Margin, PGDAttack, SparsePGD, Victim, base
 from amsdn.errors import ThreatViolation
 from amsdn.threats import LinfBall, ThreatModel
 
@@ -82,7 +82,7 @@ def test_a_model_without_gradients_gives_zeros_and_nan_becomes_zero() -> None:
 
     class Root(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return (x[:, :2, 0, 0] - 0.5).clamp(min=0).sqrt()  # infinite, then NaN, slope where clamped
+            return (x[:, :2, 0, 0] - 0.25).square().sqrt()  # infinity times zero: a NaN slope at 0.25
 
     for net in (Answer().eval(), Root().eval()):
         x = torch.full((2, 3, 8, 8), 0.25)
@@ -104,6 +104,19 @@ def test_active_set_keeps_the_first_success_and_the_best_failure() -> None:
     assert cast(Tensor, active.threat.budget).tolist() == pytest.approx([0.1, 0.3])
     active.record(x[:2] + 0.3, torch.tensor([4.0, torch.nan]), torch.tensor([right, right]))
     assert active.result()[:, 0, 0, 0].tolist() == pytest.approx([0.3, 0.2, 0.2])
+
+
+def test_a_finished_sample_that_has_not_left_yet_keeps_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_poll_every", lambda device: 3)  # as on an accelerator
+    x = torch.zeros(2, 3, 2, 2)
+    active = ActiveSet(Victim.of(cast(Any, None), 2, x.device), x, Goal(torch.tensor([0, 0])), LinfBall(1))
+    right, wrong = [1.0, 0.0], [0.0, 1.0]
+    assert active.record(x + 0.1, torch.tensor([1.0, 1.0]), torch.tensor([wrong, right])) is None
+    assert active.record(x + 0.2, torch.tensor([9.0, 9.0]), torch.tensor([right, right])) is None
+    stay = active.record(x + 0.3, torch.tensor([9.0, 8.0]), torch.tensor([wrong, right]))
+    assert stay is not None
+    assert stay.tolist() == [1]
+    assert active.result()[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.2])
 
 
 def test_active_set_for_training_keeps_everyone() -> None:

@@ -7,7 +7,7 @@ import torch
 from attack_toys import Gate, gate_images, images, small_net
 from torch import Tensor, nn
 
-from amsdn.attacks import ATTACKS, Attack, make_attack
+from amsdn.attacks import ATTACKS, Attack, base, make_attack
 from amsdn.errors import InputError
 from amsdn.records import config_hash
 
@@ -92,6 +92,18 @@ def test_finished_samples_leave_and_every_pass_is_counted(name: str) -> None:
     if name not in SINGLE_QUERY:
         assert (result.forwards[easy][result.success[easy]] < full[0]).any()
     assert (result.backwards <= result.forwards).all()
+
+
+@every_attack
+def test_looking_less_often_for_finished_samples_stays_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_poll_every", lambda device: 4)  # as on an accelerator
+    net, x = Gate(), gate_images()
+    y = net(x).argmax(1)
+    net.seen.clear()
+    result = quick(name)(net, x, y, generator=seeded())
+    assert sum(net.seen) == int(result.forwards.sum()) + len(x)
+    assert result.success[:8].any()
+    assert torch.equal(result.success, net(result.x_adv).argmax(1) != y)
 
 
 @every_attack

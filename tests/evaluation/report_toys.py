@@ -58,7 +58,7 @@ def add_examples(folder: Path, attack: str = "patch-b", maps: bool = True, **rep
         "clean_prediction": np.array([1, 0, 0, 0, 0, 0]),
         "prediction": np.array([1, 0, 2, 2, 2, 2]),
         "clean_confidence": np.full(6, 0.75, np.float32),
-        "confidence": np.full(6, 0.5, np.float32),
+        "adv_confidence": np.full(6, 0.5, np.float32),
     }
     if maps:
         arrays["anomaly_map_adv"] = np.full((6, 1, 8, 8), 0.25, np.float32)

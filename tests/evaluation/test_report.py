@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluation_toys import Detecting, FlipPixels, images
 from report_toys import N, add_certificates, add_crosscheck, add_examples, write_rows, write_run
 
 from amsdn.errors import InputError
-from amsdn.evaluation.report import build_report, terminal_table
+from amsdn.evaluation.certification import SmoothedClassifier, SmoothingConfig, certify_split
+from amsdn.evaluation.crosscheck import RecheckConfig, conclude, recheck_smoothed
+from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
+from amsdn.evaluation.report import build_report, load_runs, terminal_table
 from amsdn.records import EvalRecord, read_records
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -249,6 +253,20 @@ def test_reproduction_details_are_on_the_page(tmp_path: Path) -> None:
     assert numbers["runs"]["run"]["run"]["commit"] == "c0ffee"
 
 
+def test_folder_that_evaluation_really_writes(tmp_path: Path) -> None:
+    folder, model = tmp_path / "run", Detecting().eval()
+    split, smoothing = images(6, model), SmoothingConfig(n0=10, n=50)
+    evaluate(model, split, {"flip-1": FlipPixels(1), "flip-2": FlipPixels(2)}, folder, EvaluateConfig(batch_size=6), progress=False)
+    certificates = certify_split(model, split, folder, smoothing, sample_ids=[0, 3], progress=False)
+    recheck = RecheckConfig(steps=2, draws=2, n=50)
+    conclude(folder, [], recheck_smoothed(SmoothedClassifier(model, smoothing.sigma), split, certificates, config=recheck, progress=False))
+    (folder / "run.json").write_text("{}")
+    text, numbers = build({"toy": folder}, tmp_path / "out")
+    assert shares(headline(numbers)["clean"]) == {"toy": 4 / 6}  # two images are mislabelled on purpose
+    assert len(Page(text).images) == 4 * 4
+    assert "toy: no violation" in text
+
+
 def test_terminal_table_fits_whatever_the_names(tmp_path: Path) -> None:
     names = ["a defended model with a very long name indeed, longer than a column", "plain", "third " * 9]
     runs = {name: write_run(tmp_path / str(i), defended=i != 1) for i, name in enumerate(names)}
@@ -276,6 +294,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Path]], Any], str]] = {
     "torn run.json": (_damage("run.json", b'{"seed": 1'), "run.json: not valid JSON"),
     "binary run.json": (_damage("run.json", b"\xff\xfe\x00"), "run.json: not valid JSON"),
     "list run.json": (_damage("run.json", b"[]"), "run.json: not a JSON object"),
+    "odd run.json": (_damage("run.json", b'{"data": "digits"}'), "run.json: not a JSON object"),
+    "NaN in run.json": (_damage("run.json", b'{"seed": NaN}'), "run.json: not valid JSON"),
     "no rows": (_damage("eval.jsonl", None), "eval.jsonl: cannot read"),
     "empty rows": (_damage("eval.jsonl", b""), "no clean rows"),
     "broken row": (_damage("eval.jsonl", b"{}\n"), "eval.jsonl:1: not a EvalRecord row"),
@@ -305,3 +325,10 @@ def test_unwritable_folder_is_one_line(runs: dict[str, Path], tmp_path: Path) ->
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot write the report"):
         build_report(runs, tmp_path / "file", title="A title")
+
+
+def test_the_headline_budgets_are_those_that_the_first_run_names(tmp_path: Path) -> None:
+    chosen = load_runs({"a": write_run(tmp_path / "a")})[0].summary["curves"]
+    family, smallest = next((f, points[0]["budget"]) for f, points in chosen.items() if len(points) > 1)
+    runs = {"a": write_run(tmp_path / "a", headline={family: smallest}), "b": write_run(tmp_path / "b", headline={"linf": 1.0})}
+    assert [run.summary["headline"] for run in load_runs(runs)] == [{family: smallest}] * 2

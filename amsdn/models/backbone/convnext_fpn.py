@@ -75,7 +75,7 @@ class TimmBackbone(Backbone):
         if stem_stride is not None and not is_convnext:
             raise InputError(f"timm:{name}: stem_stride applies to ConvNeXt only; leave it out")
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-        if is_convnext and not pretrained:
+        if name in CONVNEXT.values() and not pretrained:
             options["ls_init_value"] = LAYER_SCALE
         if pretrained:
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": pretrained_weights(name, pretrained)}}

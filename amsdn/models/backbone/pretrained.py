@@ -1,19 +1,17 @@
 """Fetching and checking published backbone weights: safetensors only, never a pickle."""
 
-import logging
 from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from amsdn.errors import InputError
+from amsdn.models.hub import HubError, fetch
 
-TIMEOUT_S = 5.0
 FILENAME = "model.safetensors"
 
 
@@ -55,22 +53,10 @@ def _from_hub(name: str) -> Path:
     repo = getattr(config, "hf_hub_id", None)
     if config is None or not repo:
         raise InputError(f"{name}: timm publishes no weights for it; use pretrained=False or a path to a {FILENAME}")
-    # timm writes "timm/" and leaves the repository's name to be that of the network and its training tag.
-    repo = f"{repo}{name}.{config.tag}" if repo.endswith("/") else repo
-    cached = try_to_load_from_cache(repo, FILENAME)
-    if isinstance(cached, str):
-        return Path(cached)
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    hub_log.setLevel(logging.ERROR)
     try:
-        # One short probe first: the download itself retries for half a minute when there is no network.
-        get_hf_file_metadata(hf_hub_url(repo, FILENAME), timeout=TIMEOUT_S)
-        return Path(hf_hub_download(repo, FILENAME, etag_timeout=TIMEOUT_S))
-    except Exception as e:  # the hub's client raises its own, its transport's and the system's errors
+        return fetch(repo, FILENAME)
+    except HubError as e:
         raise InputError(
-            f"pretrained=True: cannot download https://huggingface.co/{repo}/resolve/main/{FILENAME} ({type(e).__name__}); fetch that file "
+            f"pretrained=True: cannot download https://huggingface.co/{repo}/resolve/main/{FILENAME} ({e}); fetch that file "
             f'elsewhere and pass pretrained="/path/{FILENAME}", or use pretrained=False'
         ) from e
-    finally:
-        hub_log.setLevel(level)
