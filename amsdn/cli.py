@@ -63,7 +63,9 @@ def _guarded(name: str, args: Sequence[str]) -> int:
     module: Any = importlib.import_module(f"amsdn.commands.{name}")
     from amsdn.evaluation.crosscheck import CertificateViolation
     from amsdn.training.loop import Interrupted, TrainingDiverged
+    from amsdn.utils.helpers import keep_freed_memory
 
+    keep_freed_memory()
     try:
         module.run(args)
     except InputError as e:

@@ -78,7 +78,9 @@ def test_the_hash_sees_every_value_and_the_class() -> None:
         canonical(object())
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+)
 def test_plain_values_are_their_own_canonical_form(value: Any) -> None:
     assert canonical(value) == value
 

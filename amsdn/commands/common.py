@@ -30,10 +30,7 @@ def open_data(name: str, root: Path | None, limit: int | None, device: torch.dev
 
 def open_model(model: str, device: torch.device) -> nn.Module:
     """``--model``: a folder written by AMSDN, or ``module:function`` whose call returns a torch classifier; in eval mode."""
-    if ":" in model and not Path(model).exists():
-        opened = _call_factory(model).eval()
-    else:
-        opened = load_model(model, device)
+    opened = _call_factory(model).eval() if ":" in model and not Path(model).exists() else load_model(model, device)
     return opened.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

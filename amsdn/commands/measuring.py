@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amsdn.attacks import Attack
+from amsdn.attacks import Attack, PGDL2Attack
 from amsdn.commands.common import describe_data, describe_model, provenance, read_json
 from amsdn.data import Dataset
 from amsdn.errors import InputError
@@ -59,7 +59,8 @@ def certify(run: Measured, config: SmoothingConfig, samples: int | None, recheck
     started = time.monotonic()
     certificates = certify_split(run.model, run.dataset.test, run.out, config, sample_ids=range(count))
     smoothed = SmoothedClassifier(run.model, config.sigma, config.batch_size)
-    checks = recheck_smoothed(smoothed, run.dataset.test, certificates, config=recheck)
+    base = {"pgd-l2": PGDL2Attack(epsilon=config.sigma, alpha=config.sigma / 4, num_steps=20)}
+    checks = recheck_smoothed(smoothed, run.dataset.test, certificates, base, recheck)
     rows = run.out / "eval.jsonl"
     direct = cross_check(read_records(rows, EvalRecord) if rows.exists() else [], certificates)
     update_run_json(

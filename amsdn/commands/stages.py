@@ -71,10 +71,12 @@ def _starting_model(run: StageRun, dataset: Dataset, device: torch.device) -> AM
         return AMSDN.from_config(config).to(device)
     model = load_model(run.start, device)
     check_classes(model, dataset, str(run.start))
-    if dataclasses.replace(model.config, pretrained=False) != dataclasses.replace(config, pretrained=False):
-        raise InputError(
-            f"{run.start}: made with another model configuration than this stage's; match --model.* or start afresh with --init none"
-        )
+    wanted = {k: v for k, v in vars(config).items() if v is not None and k != "pretrained"}  # None: whatever suits the variant
+    for name, value in wanted.items():
+        if (found := getattr(model.config, name)) != value:
+            raise InputError(
+                f"{run.start}: made with {name} {found}, this stage wants {value}; pass --model.{name.replace('_', '-')} {found} or --init none"
+            )
     return model
 
 

@@ -1,8 +1,8 @@
 """Reductions whose gradients come out channels-last.
 
-Autograd lays the gradient of ``f.mean((2, 3))`` out as NCHW whatever the layout of ``f``, and every later step then copies it
-back: about a fifth of a training step of the compact model. Reducing a permuted view avoids that, and changes no value
-or gradient.
+Autograd lays the gradient of ``f.mean((2, 3))`` out as NCHW whatever the layout of ``f``, and later steps pay for copying it
+back: a training step of the compact model took 793 ms with the plain forms and 688 ms with these (256 images of 32 px,
+bf16, one core). Reducing a permuted view changes no value and, ties of a maximum aside, no gradient.
 """
 
 from torch import Tensor

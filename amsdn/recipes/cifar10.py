@@ -5,22 +5,24 @@ from dataclasses import replace
 from amsdn.attacks import Attack, PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.evaluation.certification import SmoothingConfig
+from amsdn.evaluation.crosscheck import RecheckConfig
 from amsdn.models.amsdn import AMSDNConfig
 from amsdn.recipes.recipe import Recipe
-from amsdn.recipes.suites import HEADLINE, quick_suite
+from amsdn.recipes.suites import quick_suite
 from amsdn.training.adversarial_train import AdversarialTrainConfig
 from amsdn.training.finetune_attacks import FinetuneConfig
 from amsdn.training.loop import LoopConfig
 from amsdn.training.pretrain_ssrt import PretrainConfig
 
+HEADLINE = {"patch": 5, "sparse": 10, "linf": 2 / 255, "l2": 0.25}
 AUGMENT = Augment(flip=True, shift=4)
 
 
 def cifar10_cpu() -> Recipe:
     """The compact variant on two CPU cores."""
     model = AMSDNConfig(num_classes=10, variant="compact", width=32)
-    patch5: Attack = PatchPGD(size=5, num_steps=3, alpha=0.35, stop_when_fooled=False)
-    patch8: Attack = PatchPGD(size=8, num_steps=3, alpha=0.35, stop_when_fooled=False)
+    patch5: Attack = PatchPGD(size=5, num_steps=3, alpha=0.35, move="never", stop_when_fooled=False)
+    patch8: Attack = PatchPGD(size=8, num_steps=3, alpha=0.35, move="never", stop_when_fooled=False)
     sparse: Attack = SparsePGD(k=30, num_steps=3, stop_when_fooled=False)
     return Recipe(
         name="cifar10-cpu",
@@ -43,9 +45,10 @@ def cifar10_cpu() -> Recipe:
                 sparse,
             ),
         ),
-        attacks=quick_suite(steps=50, queries=1000),
+        attacks=quick_suite(patches=(2, 4, 5, 8), pixels=(1, 5, 10, 20), headline=HEADLINE, steps=50, queries=1000),
         headline=HEADLINE,
-        samples=500,
+        samples=300,
         certified_samples=100,
         smoothing=SmoothingConfig(sigma=0.25, n0=100, n=2000),
+        recheck=RecheckConfig(steps=10, draws=8, n=500),
     )

@@ -5,21 +5,23 @@ from dataclasses import replace
 from amsdn.attacks import Attack, PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.evaluation.certification import SmoothingConfig
+from amsdn.evaluation.crosscheck import RecheckConfig
 from amsdn.models.amsdn import AMSDNConfig
 from amsdn.recipes.recipe import Recipe
-from amsdn.recipes.suites import HEADLINE, quick_suite
+from amsdn.recipes.suites import quick_suite
 from amsdn.training.adversarial_train import AdversarialTrainConfig
 from amsdn.training.finetune_attacks import FinetuneConfig
 from amsdn.training.loop import LoopConfig
 from amsdn.training.pretrain_ssrt import PretrainConfig
 
+HEADLINE = {"patch": 8, "sparse": 20, "linf": 8 / 255, "l2": 0.5}
 AUGMENT = Augment(flip=False, shift=2)  # a mirrored digit is another sign
 
 
 def digits_demo() -> Recipe:
     """Everything once, small: what ``make demo`` runs."""
     model = AMSDNConfig(num_classes=10, variant="compact", width=16)
-    patch: Attack = PatchPGD(size=6, num_steps=5, alpha=0.25, stop_when_fooled=False)
+    patch: Attack = PatchPGD(size=7, num_steps=5, alpha=0.25, stop_when_fooled=False)
     sparse: Attack = SparsePGD(k=20, num_steps=5, stop_when_fooled=False)
     return Recipe(
         name="digits-demo",
@@ -40,9 +42,10 @@ def digits_demo() -> Recipe:
                 sparse,
             ),
         ),
-        attacks=quick_suite(steps=30, queries=600),
+        attacks=quick_suite(patches=(4, 6, 8), pixels=(5, 10, 20), headline=HEADLINE, steps=25, queries=400),
         headline=HEADLINE,
-        samples=200,
-        certified_samples=100,
+        samples=150,
+        certified_samples=60,
         smoothing=SmoothingConfig(sigma=0.25, n0=50, n=1000),
+        recheck=RecheckConfig(steps=5, draws=4, n=200),
     )

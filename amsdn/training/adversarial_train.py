@@ -96,9 +96,11 @@ def defence_step(
     }
     share = attacked / len(x)
     loss = share * terms["cross_entropy_attacked"] + (1 - share) * terms["cross_entropy_clean"]
-    if trace.anomaly_logit is not None and attack.threat.counts:  # a change of every pixel has no place to point at
+    if (
+        trace.anomaly_logit is not None and trace.anomaly_map_logits is not None and attack.threat.counts
+    ):  # a change of every pixel has no place to point at
         everywhere = torch.cat([changed, changed.new_zeros((len(x) - attacked, *changed.shape[1:]))])
-        terms |= detector_losses(trace.level_anomaly_logits, trace.anomaly_logit, everywhere)
+        terms |= detector_losses(trace.level_anomaly_logits, trace.anomaly_map_logits, trace.anomaly_logit, everywhere)
         loss = loss + weights.anomaly_map * terms["anomaly_map"] + weights.detection * terms["detection"]
     if weights.feature_pull:
         with torch.no_grad():

@@ -33,11 +33,14 @@ def anomaly_map_loss(level_logits: Sequence[Tensor], changed: Tensor, positive_w
     return torch.stack(terms).mean()
 
 
-def detector_losses(level_logits: Sequence[Tensor], anomaly_logit: Tensor, changed: Tensor) -> dict[str, Tensor]:
-    """The losses that teach a detector where (maps) and whether (one logit [B]) an image was changed [B,1,H,W]."""
+def detector_losses(level_logits: Sequence[Tensor], map_logits: Tensor, anomaly_logit: Tensor, changed: Tensor) -> dict[str, Tensor]:
+    """The losses that teach a detector where and whether an image was changed [B,1,H,W].
+
+    ``level_logits`` [B,1,h,w] a level, ``map_logits`` [B,1,H,W] of the image, ``anomaly_logit`` [B].
+    """
     attacked = changed.flatten(1).any(1).float()
     return {
-        "anomaly_map": anomaly_map_loss(level_logits, changed),
+        "anomaly_map": (anomaly_map_loss(level_logits, changed) + anomaly_map_loss([map_logits], changed)) / 2,
         "detection": F.binary_cross_entropy_with_logits(anomaly_logit.float(), attacked),
     }
 

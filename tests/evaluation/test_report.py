@@ -330,5 +330,5 @@ def test_unwritable_folder_is_one_line(runs: dict[str, Path], tmp_path: Path) ->
 def test_the_headline_budgets_are_those_that_the_first_run_names(tmp_path: Path) -> None:
     chosen = load_runs({"a": write_run(tmp_path / "a")})[0].summary["curves"]
     family, smallest = next((f, points[0]["budget"]) for f, points in chosen.items() if len(points) > 1)
-    runs = {"a": write_run(tmp_path / "a", headline={family: smallest}), "b": write_run(tmp_path / "b", headline={"linf": 1.0})}
+    runs = {"a": write_run(tmp_path / "c", headline={family: smallest}), "b": write_run(tmp_path / "b", headline={"linf": 1.0})}
     assert [run.summary["headline"] for run in load_runs(runs)] == [{family: smallest}] * 2

@@ -57,7 +57,9 @@ class Plain(Stage):
 
 def network() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4, 2)
+    )
 
 
 def run(stage: Stage, split: ArraySplit, folder: Path, config: LoopConfig = CONFIG) -> dict[str, Tensor]:
@@ -135,7 +137,9 @@ def test_a_damaged_or_foreign_state_is_one_line(damage: str, tiny_split: ArraySp
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_cause_and_leaves_the_last_good_state(tiny_split: ArraySplit, tmp_path: Path) -> None:
-    with pytest.raises(TrainingDiverged, match=r"plain: not finite at step 4 of 12: cross_entropy|plain: not finite at step 4 of 12: the loss"):
+    with pytest.raises(
+        TrainingDiverged, match=r"plain: not finite at step 4 of 12: cross_entropy|plain: not finite at step 4 of 12: the loss"
+    ):
         run(Plain(poison_at=3), tiny_split, tmp_path / "b")
     assert same(run(Plain(), tiny_split, tmp_path / "b"), run(Plain(), tiny_split, tmp_path / "a"))
 

@@ -41,7 +41,9 @@ def test_detector_losses_label_an_image_by_whether_any_pixel_changed() -> None:
     changed = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     changed[1, 0, 3, 3] = True
     logit = torch.tensor([-1.0, 2.0])
-    found = detector_losses([torch.zeros(2, 1, 4, 4)], logit, changed)
+    level, whole = torch.zeros(2, 1, 2, 2), torch.full((2, 1, 4, 4), 0.5)
+    found = detector_losses([level], whole, logit, changed)
+    assert torch.allclose(found["anomaly_map"], (anomaly_map_loss([level], changed) + anomaly_map_loss([whole], changed)) / 2)
     assert torch.allclose(found["detection"], F.binary_cross_entropy_with_logits(logit, torch.tensor([0.0, 1.0])))
 
 

@@ -1,7 +1,6 @@
 """A small residual network for CPU budgets, under the four-level interface.
 
-At 32 px almost all cost of a ConvNeXt is memory traffic that a CPU cannot hide; dense 3x3 convolutions on few
-pixels are the opposite. Measured figures are in the design notes, section 8.
+Dense 3x3 convolutions on few pixels are what a CPU does best: only the stem, of width w, works at full resolution.
 """
 
 from itertools import pairwise
@@ -15,8 +14,9 @@ from amsdn.models.backbone.interface import Backbone
 def conv_norm(c_in: int, c_out: int, *, stride: int = 1) -> nn.Sequential:
     """A 3x3 convolution and its batch norm.
 
-    Batch norm, although batches that mix clean and attacked images share its statistics, because layer norm costs a
-    CPU about a third of its throughput here. It is sound as long as attacks are crafted in eval mode, which they are.
+    Batch norm, because a CPU's budget is a dozen epochs and the short schedules measured for this network relied on it.
+    Its price: clean and attacked images of one training batch share statistics. Attacks are crafted in eval mode, so
+    none can steer them.
     """
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out))
 

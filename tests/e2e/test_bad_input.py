@@ -1,0 +1,272 @@
+"""Bad input: one clear line on stderr, exit code 2, nothing half-written."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import Outcome, Shell
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    """Exit code 2, exactly one line that starts with the command and names the culprit and a remedy."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    lines = [line for line in outcome.err.splitlines() if line.strip()]
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("amsdn ")
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+def save(path: Path, array: np.ndarray, mode: str | None = None) -> Path:
+    Image.fromarray(array, mode).save(path)
+    return path
+
+
+def bad_image(kind: str, folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    path = folder / "bad.png"
+    if kind == "16-bit":
+        return save(path, rng.integers(0, 60000, (16, 16), dtype=np.uint16))
+    if kind == "1x1":
+        return save(path, np.zeros((1, 1, 3), np.uint8))
+    if kind == "transparent":
+        return save(path, rng.integers(0, 255, (16, 16, 4), dtype=np.uint8))
+    if kind == "missing":
+        return path
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:200] if kind == "truncated" else b"this is no image at all")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "1x1", "transparent", "missing", "truncated", "text"])
+def test_an_image_that_cannot_be_used_is_named_and_no_other_is_predicted(
+    kind: str, amsdn: Shell, model_folder: Path, tmp_path: Path
+) -> None:
+    good = save(tmp_path / "good.png", np.zeros((16, 16, 3), np.uint8))
+    outcome = amsdn("predict", good, bad_image(kind, tmp_path), "--model", model_folder, "--out", tmp_path / "heat")
+    refused(outcome, "bad.png")
+    assert not (tmp_path / "heat").exists()
+
+
+@pytest.mark.parametrize("kind", ["grey", "opaque RGBA", "palette", "large"])
+def test_an_image_that_only_looks_odd_is_predicted(kind: str, amsdn: Shell, model_folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (40, 60, 3) if kind != "large" else (700, 500, 3), dtype=np.uint8))
+    picture = picture.convert({"grey": "L", "opaque RGBA": "RGBA", "palette": "P", "large": "RGB"}[kind])
+    picture.save(tmp_path / "odd.png")
+    outcome = amsdn("predict", tmp_path / "odd.png", "--model", model_folder, "--out", tmp_path / "heat")
+    assert outcome.code == 0, outcome
+    assert "anomaly score" in outcome.out
+    assert len(list((tmp_path / "heat").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "pickle", "no config", "broken config", "foreign config", "only a pickle"])
+def test_a_checkpoint_that_cannot_be_used(damage: str, amsdn: Shell, model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    trap = pickle.dumps(Trap())
+    if damage == "missing":
+        shutil.rmtree(folder)
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "pickle":
+        weights.write_bytes(trap)
+    elif damage == "no config":
+        config.unlink()
+    elif damage == "broken config":
+        config.write_text("{")
+    elif damage == "foreign config":
+        config.write_text(json.dumps({"hidden_size": 768}))
+    else:
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(trap)
+    picture = save(tmp_path / "good.png", np.zeros((16, 16, 3), np.uint8))
+    refused(amsdn("predict", picture, "--model", folder, "--out", tmp_path / "heat"), str(folder))
+    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "heat").exists()
+
+
+class Trap:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("sprung", "w")
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        ("nothing", "nothing"),
+        ("arrays:no/such/folder", "no/such/folder"),
+        ("folder:no/such/folder", "no/such/folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate", "certify"])
+def test_a_data_set_that_is_not_there(command: str, data: str, names: str, amsdn: Shell, model_folder: Path, tmp_path: Path) -> None:
+    model = [] if command == "train" else ["--model", model_folder]
+    refused(amsdn(command, "--data", data, "--out", tmp_path / "out", *model), names)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing labels", "NaN floats", "objects", "label out of range"])
+def test_arrays_that_cannot_be_used(damage: str, amsdn: Shell, arrays: Path, model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(arrays, folder)
+    images, labels = folder / "test_images.npy", folder / "test_labels.npy"
+    if damage == "truncated":
+        images.write_bytes(images.read_bytes()[:-50])
+    elif damage == "missing labels":
+        labels.unlink()
+    elif damage == "NaN floats":
+        np.save(images, np.full((12, 16, 16, 3), np.nan, np.float32))
+    elif damage == "objects":
+        np.save(images, np.array([Trap()] * 12, dtype=object), allow_pickle=True)
+    else:
+        np.save(labels, np.full(12, 7, np.uint8))
+    outcome = amsdn("evaluate", "--data", f"arrays:{folder}", "--model", model_folder, "--out", tmp_path / "out")
+    refused(outcome, "test_labels.npy" if "label" in damage else "test_images.npy")
+    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "out").exists()
+
+
+MODELS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3 * 16 * 16, 2), scale
+    def forward(self, x):
+        return self.linear(x.flatten(1)) * self.scale
+
+def good():
+    torch.manual_seed(0)
+    return Net()
+
+def not_finite():
+    return Net(float("nan"))
+
+def stubborn():  # refuses eval mode
+    net = good()
+    net.train = lambda mode=True: net
+    return net
+
+def no_module():
+    return 3
+
+def fails():
+    return undefined_name_here
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, amsdn: Shell) -> str:
+    (tmp_path / "foreign_models.py").write_text(MODELS)
+    return "foreign_models"
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("not_finite", "not finite"),
+        ("stubborn", "eval()"),
+        ("no_module", "must return"),
+        ("absent", "absent"),
+        ("fails", "undefined_name_here"),
+    ],
+)
+def test_a_foreign_classifier_that_cannot_be_used(
+    function: str, says: str, amsdn: Shell, foreign: str, arrays: Path, tmp_path: Path
+) -> None:
+    refused(amsdn("evaluate", "--data", f"arrays:{arrays}", "--model", f"{foreign}:{function}", "--out", tmp_path / "out"), says)
+    assert not list((tmp_path / "out").glob("eval.jsonl"))
+
+
+def test_a_foreign_classifier_is_evaluated_without_any_of_our_model_code(amsdn: Shell, foreign: str, arrays: Path, tmp_path: Path) -> None:
+    names = ["pgd-4", "sparse-pgd-5"]
+    outcome = amsdn("evaluate", "--data", f"arrays:{arrays}", "--model", f"{foreign}:good", "--out", tmp_path / "out", "--attacks", *names)
+    assert outcome.code == 0, outcome
+    rows = [json.loads(line) for line in (tmp_path / "out" / "eval.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 12
+    assert {r["attack"] for r in rows} == {"clean", *names}
+    assert all(r["anomaly_score"] is None for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["fly"], "unknown command 'fly'"),
+        (["train", "no-such-recipe"], "unknown recipe"),
+        (["attack"], "name an attack"),
+        (["attack", "no-such-attack"], "unknown attack"),
+        (["evaluate", "--attacks", "no-such-attack"], "no-such-attack"),
+        (["evaluate", "--samples", "0"], "--samples must be at least 1"),
+        (["train", "--limit", "1"], "--limit must be at least 2"),
+        (["train", "--device", "abacus"], "--device abacus"),
+        (["finetune"], "run amsdn train first"),
+        (["predict"], "no image given"),
+        (["report"], "no run folder given"),
+        (["report", "no/such/run"], "no/such/run"),
+        (["certify", "--smoothing.sigma", "0", "--limit", "4"], "sigma must be positive"),
+        (["attack", "pgd", "--attack.epsilon", "-1"], "epsilon"),
+    ],
+)
+def test_words_that_make_no_sense(args: list[str], says: str, amsdn: Shell, tmp_path: Path) -> None:
+    refused(amsdn(*args), says)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args", [["train", "--loop.epochs", "many"], ["train", "--no-such-field", "1"], ["attack", "pgd", "--attack.epsilon", "1/0"]]
+)
+def test_fields_that_do_not_parse_exit_with_two_and_write_nothing(args: list[str], amsdn: Shell, tmp_path: Path) -> None:
+    outcome = amsdn(*args)
+    assert outcome.code == 2
+    assert args[-2] in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_cannot_be_written(amsdn: Shell, arrays: Path, model_folder: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"  # a file where a folder is wanted: refused for root, too, unlike a read-only folder
+    blocked.write_text("in the way")
+    common = ["--data", f"arrays:{arrays}", "--out", blocked / "out"]
+    refused(amsdn("evaluate", *common, "--model", model_folder, "--attacks", "pgd-4"), str(blocked))
+    refused(amsdn("train", *common, "--loop.epochs", "1", "--model.width", "2"), str(blocked))
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "certify", "predict"])
+def test_a_full_disk(command: str, amsdn: Shell, arrays: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    picture = save(tmp_path / "good.png", np.zeros((16, 16, 3), np.uint8))
+    monkeypatch.setattr("os.fsync", full)
+    data = ["--data", f"arrays:{arrays}", "--out", tmp_path / "out"]
+    args = {
+        "train": ["train", *data, "--loop.epochs", "0.2", "--loop.batch-size", "10", "--model.width", "2"],
+        "evaluate": ["evaluate", *data, "--model", model_folder, "--attacks", "pgd-4"],
+        "certify": ["certify", *data, "--model", model_folder, "--samples", "2"],
+        "predict": ["predict", picture, "--model", model_folder, "--out", tmp_path / "out"],
+    }[command]
+    outcome = amsdn(*args)
+    assert outcome.code == 2
+    message = [line for line in outcome.err.replace("\r", "\n").splitlines() if line.startswith("amsdn ")]
+    assert len(message) == 1
+    assert "No space left on device" in message[0]
+    assert not list(tmp_path.rglob("*.partial"))
+    assert not list((tmp_path / "out").rglob("model.safetensors"))
+
+
+def test_data_with_other_classes_than_the_model(amsdn: Shell, model_folder: Path, tmp_path: Path) -> None:
+    refused(amsdn("evaluate", "--data", "digits", "--limit", "20", "--model", model_folder, "--out", tmp_path / "out"), "2 classes", "10")
