@@ -68,6 +68,8 @@ def _guarded(name: str, args: Sequence[str]) -> int:
     keep_freed_memory()
     try:
         module.run(args)
+    except SystemExit as e:  # a help text was asked for and printed
+        return int(e.code or 0)
     except InputError as e:
         return _fail(name, e, 2)
     except OSError as e:  # a full disk, a read-only folder, a file that vanished

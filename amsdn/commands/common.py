@@ -39,8 +39,8 @@ def _call_factory(spec: str) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))
     try:
         made = getattr(importlib.import_module(module_name), function_name)()
-    except (ImportError, AttributeError, TypeError) as e:
-        raise InputError(f"--model {spec}: cannot call it ({e}); give a model folder, or module:function taking no arguments") from e
+    except Exception as e:  # it is the user's code: it may raise anything
+        raise InputError(f"--model {spec}: cannot call it ({type(e).__name__}: {e}); give a model folder, or module:function taking no arguments") from e
     finally:
         sys.path.pop(0)
     if not isinstance(made, nn.Module):

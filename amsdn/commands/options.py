@@ -1,5 +1,8 @@
 """Reading a command line: ``[RECIPE] --field value`` onto a typed value, by tyro."""
 
+import contextlib
+import io
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -38,16 +41,29 @@ def _number_rule(info: Any) -> Any:
 
 
 def parse(default: T, args: Sequence[str], command: str, description: str) -> T:
-    """``args`` laid over the fields of ``default``, a dataclass; exits with code 2 and an explanation where they do not fit."""
-    with _rules:
-        return tyro.cli(
-            type(default),
-            default=default,
-            args=list(args),
-            prog=f"amsdn {command}",
-            description=description,
-            config=(tyro.conf.FlagConversionOff,),
-        )
+    """``args`` laid over the fields of ``default``, a dataclass. Raises InputError where they do not fit."""
+    complaint = io.StringIO()
+    try:
+        with _rules, contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                type(default),
+                default=default,
+                args=list(args),
+                prog=f"amsdn {command}",
+                description=description,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as e:
+        if e.code:
+            raise InputError(f"{_first_paragraph(complaint.getvalue())}; see amsdn {command} --help") from e
+        raise
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro says first inside the box it draws, as one line."""
+    inside = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    said = itertools.takewhile(lambda line: not line.startswith("─"), inside)
+    return " ".join(line for line in said if line)
 
 
 def split_recipe(args: Sequence[str]) -> tuple[Recipe, list[str]]:

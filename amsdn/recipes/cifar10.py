@@ -30,13 +30,13 @@ def cifar10_cpu() -> Recipe:
         data="cifar10",
         model=model,
         control_model=replace(model, fpn=False, attention=False, purification=False),
-        control=AdversarialTrainConfig(loop=LoopConfig(epochs=6, batch_size=256), augment=AUGMENT, attacks=()),
-        pretrain=PretrainConfig(loop=LoopConfig(epochs=1, batch_size=256), augment=AUGMENT),
+        control=AdversarialTrainConfig(loop=LoopConfig(epochs=4, batch_size=256), augment=AUGMENT, attacks=()),
+        pretrain=PretrainConfig(loop=LoopConfig(epochs=0.5, batch_size=256), augment=AUGMENT),
         train=AdversarialTrainConfig(
-            loop=LoopConfig(epochs=9, batch_size=256), augment=AUGMENT, attacks=(patch5, patch8, sparse), clean_start=0.25
+            loop=LoopConfig(epochs=7, batch_size=256), augment=AUGMENT, attacks=(patch5, patch8, sparse), clean_start=0.25
         ),
         finetune=FinetuneConfig(
-            loop=LoopConfig(epochs=1.5, batch_size=256, learning_rate=4e-4),
+            loop=LoopConfig(epochs=1, batch_size=256, learning_rate=4e-4),
             augment=AUGMENT,
             attacks=(
                 PGDAttack(epsilon=2 / 255, alpha=1 / 255, num_steps=3, stop_when_fooled=False),
@@ -47,8 +47,8 @@ def cifar10_cpu() -> Recipe:
         ),
         attacks=quick_suite(patches=(2, 4, 5, 8), pixels=(1, 5, 10, 20), headline=HEADLINE, steps=50, queries=1000),
         headline=HEADLINE,
-        samples=300,
-        certified_samples=100,
+        samples=200,
+        certified_samples=50,
         smoothing=SmoothingConfig(sigma=0.25, n0=100, n=2000),
         recheck=RecheckConfig(steps=10, draws=8, n=500),
     )

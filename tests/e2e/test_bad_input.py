@@ -16,9 +16,9 @@ def refused(outcome: Outcome, *words: str) -> None:
     """Exit code 2, exactly one line that starts with the command and names the culprit and a remedy."""
     assert outcome.code == 2, outcome
     assert outcome.out == ""
-    lines = [line for line in outcome.err.splitlines() if line.strip()]
+    lines = [line for line in outcome.err.replace("\r", "\n").splitlines() if line.strip() and "image/s]" not in line]  # without the bars
     assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("amsdn ")
+    assert lines[0].startswith("amsdn")
     assert "Traceback" not in outcome.err
     for word in words:
         assert word in lines[0], f"{word!r} not in {lines[0]!r}"
@@ -217,7 +217,7 @@ def test_a_foreign_classifier_is_evaluated_without_any_of_our_model_code(amsdn: 
         (["report"], "no run folder given"),
         (["report", "no/such/run"], "no/such/run"),
         (["certify", "--smoothing.sigma", "0", "--limit", "4"], "sigma must be positive"),
-        (["attack", "pgd", "--attack.epsilon", "-1"], "epsilon"),
+        (["attack", "pgd", "--attack.epsilon", "-1"], "must be positive, got -1"),
     ],
 )
 def test_words_that_make_no_sense(args: list[str], says: str, amsdn: Shell, tmp_path: Path) -> None:
@@ -228,11 +228,8 @@ def test_words_that_make_no_sense(args: list[str], says: str, amsdn: Shell, tmp_
 @pytest.mark.parametrize(
     "args", [["train", "--loop.epochs", "many"], ["train", "--no-such-field", "1"], ["attack", "pgd", "--attack.epsilon", "1/0"]]
 )
-def test_fields_that_do_not_parse_exit_with_two_and_write_nothing(args: list[str], amsdn: Shell, tmp_path: Path) -> None:
-    outcome = amsdn(*args)
-    assert outcome.code == 2
-    assert args[-2] in outcome.err
-    assert "Traceback" not in outcome.err
+def test_fields_that_do_not_parse(args: list[str], amsdn: Shell, tmp_path: Path) -> None:
+    refused(amsdn(*args), args[-2], "--help")
     assert not list(tmp_path.iterdir())
 
 
