@@ -1,0 +1,105 @@
+"""The whole story on the command line, tiny: what each command leaves behind, and that running it again changes nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from .conftest import Shell
+
+SMALL = ["--loop.epochs", "1", "--loop.batch-size", "20", "--model.width", "2", "--model.fpn-channels", "8"]
+
+
+@pytest.fixture
+def trained(amsdn: Shell, arrays: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "run"
+    for stage in ("pretrain", "train", "finetune"):
+        outcome = amsdn(stage, "--data", f"arrays:{arrays}", "--out", out, *SMALL)
+        assert outcome.code == 0, outcome
+        assert outcome.out.strip() == f"model: {out / stage / 'model'}"
+    return out
+
+
+def test_train_evaluate_certify_report_predict(amsdn: Shell, trained: Path, arrays: Path, tmp_path: Path) -> None:
+    model, data, run = trained / "finetune" / "model", f"arrays:{arrays}", trained / "evaluation"
+    names = ["patch-pgd-4", "sparse-pgd-5", "sparse-rs-20"]
+    evaluated = amsdn("evaluate", "--model", model, "--data", data, "--out", run, "--attacks", *names)
+    assert evaluated.code == 0, evaluated
+    assert "Clean accuracy" in evaluated.out
+    smoothing = ["--smoothing.n0", "10", "--smoothing.n", "40", "--recheck.steps", "2", "--recheck.draws", "2", "--recheck.n", "20"]
+    certified = amsdn("certify", "--model", model, "--data", data, "--out", run, "--samples", "4", *smoothing)
+    assert certified.code == 0, certified
+    assert "l2 radius 0.25" in certified.out
+    rows = (run / "eval.jsonl").read_text(), (run / "cert.jsonl").read_text()
+    assert len(rows[0].splitlines()) == 12 * (1 + len(names))
+    assert len(rows[1].splitlines()) == 4
+
+    again = amsdn("evaluate", "--model", model, "--data", data, "--out", run, "--attacks", *names)
+    assert again.code == 0, again
+    amsdn("certify", "--model", model, "--data", data, "--out", run, "--samples", "4", *smoothing)
+    assert ((run / "eval.jsonl").read_text(), (run / "cert.jsonl").read_text()) == rows
+
+    reported = amsdn("report", f"defended={run}", "--out", tmp_path / "page")
+    assert reported.code == 0, reported
+    info = json.loads((run / "run.json").read_text())
+    assert info["model"]["false_positive_rate"] == pytest.approx(0.05)
+    assert set(info["stages"]) == {"evaluate", "certify"}
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert info["model"]["fingerprint"] in page
+    assert json.loads((tmp_path / "page" / "report.json").read_text())["subject"] == "defended"
+
+    Image.new("RGB", (20, 30), (200, 10, 10)).save(tmp_path / "picture.png")
+    predicted = amsdn("predict", tmp_path / "picture.png", "--model", model, "--out", tmp_path / "heat")
+    assert predicted.code == 0, predicted
+    assert "dark" in predicted.out or "bright" in predicted.out
+    assert len(list((tmp_path / "heat").iterdir())) == 1
+
+
+def test_one_attack_states_its_budget_and_keeps_its_images(amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path) -> None:
+    words = ["--attack.epsilon", "8/255", "--attack.num-steps", "3", "--samples", "5", "--out", tmp_path / "out"]
+    outcome = amsdn("attack", "pgd", "--model", model_folder, "--data", f"arrays:{arrays}", *words)
+    assert outcome.code == 0, outcome
+    assert "threat linf 8/255" in outcome.out
+    assert (tmp_path / "out" / "pgd" / "examples" / "pgd.npz").exists()
+
+
+def test_a_finished_stage_run_again_keeps_its_weights(amsdn: Shell, trained: Path, arrays: Path) -> None:
+    weights = (trained / "train" / "model" / "model.safetensors").read_bytes()
+    outcome = amsdn("train", "--data", f"arrays:{arrays}", "--out", trained, *SMALL)
+    assert outcome.code == 0, outcome
+    assert (trained / "train" / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_other_settings_in_the_same_folder_are_refused(amsdn: Shell, trained: Path, arrays: Path) -> None:
+    outcome = amsdn("train", "--data", f"arrays:{arrays}", "--out", trained, *SMALL, "--loop.learning-rate", "1/7")
+    assert outcome.code == 2
+    assert "made under other settings" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["demo", "pretrain", "train", "finetune", "evaluate", "certify", "attack", "predict", "report"])
+def test_every_command_explains_itself_with_an_example(command: str, amsdn: Shell) -> None:
+    outcome = amsdn(command, "--help")
+    assert outcome.code == 0
+    assert "amsdn " + command in outcome.out
+    assert "Example:" in outcome.out
+    assert outcome.err == ""
+
+
+def test_the_general_help_and_the_version(amsdn: Shell) -> None:
+    assert "usage: amsdn" in amsdn("--help").out
+    assert amsdn("--version").out.startswith("amsdn ")
+    assert amsdn().code == 2
+
+
+STAGES = ["training.pretrain_ssrt", "training.adversarial_train", "training.finetune_attacks", "evaluation.evaluate", "evaluation.certification"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", STAGES)
+def test_the_founding_modules_run_their_stage(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"amsdn.{module}", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Example: amsdn" in done.stdout
