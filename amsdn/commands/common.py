@@ -40,7 +40,9 @@ def _call_factory(spec: str) -> nn.Module:
     try:
         made = getattr(importlib.import_module(module_name), function_name)()
     except Exception as e:  # it is the user's code: it may raise anything
-        raise InputError(f"--model {spec}: cannot call it ({type(e).__name__}: {e}); give a model folder, or module:function taking no arguments") from e
+        raise InputError(
+            f"--model {spec}: cannot call it ({type(e).__name__}: {e}); give a model folder, or module:function taking no arguments"
+        ) from e
     finally:
         sys.path.pop(0)
     if not isinstance(made, nn.Module):

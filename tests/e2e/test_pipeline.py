@@ -94,7 +94,13 @@ def test_the_general_help_and_the_version(amsdn: Shell) -> None:
     assert amsdn().code == 2
 
 
-STAGES = ["training.pretrain_ssrt", "training.adversarial_train", "training.finetune_attacks", "evaluation.evaluate", "evaluation.certification"]
+STAGES = [
+    "training.pretrain_ssrt",
+    "training.adversarial_train",
+    "training.finetune_attacks",
+    "evaluation.evaluate",
+    "evaluation.certification",
+]
 
 
 @pytest.mark.slow
