@@ -78,7 +78,8 @@ def hardware(device: torch.device) -> str:
     """One line about the machine, for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def command_line() -> str:
