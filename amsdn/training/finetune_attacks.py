@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from amsdn.attacks import Attack, PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
 from amsdn.data.augment import Augment
+from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
 from amsdn.training.adversarial_train import DefenceLoss, accuracy, defence_step, draw
 from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
@@ -35,18 +36,26 @@ def default_attacks() -> tuple[Attack, ...]:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Stage three. Shares are of every batch; what they leave over is clean."""
+    """Stage three. Shares are of every batch; what they leave over is clean. Raises InputError where they leave nothing."""
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=3, learning_rate=5e-4))
     loss: DefenceLoss = field(default_factory=DefenceLoss)
     augment: Augment = field(default_factory=Augment)
     attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
-    attacked_share: float = 0.5
-    noised_share: float = 0.25
+    attacked_share: float = 0.4
+    noised_share: float = 0.2
+    masked_share: float = 0.2
     noise_sigmas: tuple[float, ...] = (0.12, 0.25)  # standard deviations, in [0,1] pixel units
     consistency: float = 2.0  # weight of the agreement of two noisy copies
-    mask_side: int = 9  # of the square cut out of every clean image, in pixels
+    mask_side: int = 9  # of the square that covers a masked image, in pixels
     error_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        shares = (self.attacked_share, self.noised_share, self.masked_share)
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise InputError(f"finetune: shares must be at least 0 and leave some images clean, got {shares}; make them smaller")
+        if not self.attacks:
+            raise InputError("finetune: needs at least one attack")
 
 
 class Finetuning(Stage):
@@ -69,15 +78,14 @@ class Finetuning(Stage):
         assert isinstance(model, AMSDN)
         assert isinstance(teacher, AMSDN)
         config, x, y = self.config, self.config.augment(batch.x, batch.generator), batch.y
-        noised = round(config.noised_share * len(x))
-        attacked = max(1, round(config.attacked_share * len(x)))
-        rest, labels = x[noised:], y[noised:]
-        rest = torch.cat([rest[:attacked], self.mask(rest[attacked:], batch.generator)])
+        noised, masked, attacked = (round(share * len(x)) for share in (config.noised_share, config.masked_share, config.attacked_share))
+        corrupted, attacked = noised + masked, max(1, attacked)
         chosen = draw(self.running_error, batch.generator)
-        output = defence_step(model, teacher, config.attacks[chosen], rest, labels, attacked, config.loss, batch.generator)
+        attack = config.attacks[chosen]
+        output = defence_step(model, teacher, attack, x[corrupted:], y[corrupted:], attacked, config.loss, batch.generator)
         self._remember(chosen, output)
-        if noised:
-            self._add_noise_loss(output, model, x[:noised], y[:noised], batch.generator)
+        if corrupted:
+            self._add_corruptions(output, model, x[:corrupted], y[:corrupted], noised, batch.generator)
         return output
 
     def _remember(self, chosen: int, output: StepOutput) -> None:
@@ -86,22 +94,30 @@ class Finetuning(Stage):
         m = self.config.error_momentum
         self.running_error[chosen] = max(0.05, m * float(self.running_error[chosen]) + (1 - m) * error)
 
-    def _add_noise_loss(self, output: StepOutput, model: AMSDN, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+    def _add_corruptions(self, output: StepOutput, model: AMSDN, x: Tensor, y: Tensor, noised: int, generator: torch.Generator) -> None:
+        """The first ``noised`` images twice with Gaussian noise, the others masked; all are classified, none is an attack to detect.
+
+        The detector learns from neither: a mask is no attack, yet telling it that a covered square is clean would
+        teach it to overlook patches.
+        """
+        copies = torch.cat([x[:noised], x[:noised]])
         sigmas = torch.tensor(self.config.noise_sigmas, device=x.device)
-        index = torch.randint(len(sigmas), (len(x),), generator=generator, device=x.device)
-        sigma = sigmas[index].reshape(-1, 1, 1, 1).repeat(2, 1, 1, 1)
-        twice = torch.cat([x, x])
-        # Not clipped to [0,1]: the smoothed classifier will not clip either.
-        noisy = twice + sigma * torch.randn(twice.shape, generator=generator, device=x.device)
-        logits_a, logits_b = model(noisy).float().chunk(2)
-        entropy = (F.cross_entropy(logits_a, y) + F.cross_entropy(logits_b, y)) / 2
-        agreement = noise_consistency(logits_a, logits_b)
-        output.loss = output.loss + self.config.noised_share * (entropy + self.config.consistency * agreement)
-        output.metrics |= {
-            "cross_entropy_noised": entropy.detach(),
-            "noise_consistency": agreement.detach(),
-            "accuracy_noised": accuracy(logits_a, y),
-        }
+        index = torch.randint(len(sigmas), (noised,), generator=generator, device=x.device)
+        noise = sigmas[index].repeat(2).reshape(-1, 1, 1, 1) * torch.randn(copies.shape, generator=generator, device=x.device)
+        # Noisy images are not clipped to [0,1]: the smoothed classifier will not clip either.
+        logits = model(torch.cat([copies + noise, self.mask(x[noised:], generator)])).float()
+        first, second, masked = logits[:noised], logits[noised : 2 * noised], logits[2 * noised :]
+        output.loss = output.loss * (1 - (self.config.noised_share + self.config.masked_share))
+        if noised:
+            entropy = (F.cross_entropy(first, y[:noised]) + F.cross_entropy(second, y[:noised])) / 2
+            agreement = noise_consistency(first, second)
+            output.loss = output.loss + self.config.noised_share * (entropy + self.config.consistency * agreement)
+            output.metrics |= {"cross_entropy_noised": entropy.detach(), "noise_consistency": agreement.detach()}
+            output.metrics["accuracy_noised"] = accuracy(first, y[:noised])
+        if len(masked):
+            entropy = F.cross_entropy(masked, y[noised:], label_smoothing=self.config.loss.label_smoothing)
+            output.loss = output.loss + self.config.masked_share * entropy
+            output.metrics |= {"cross_entropy_masked": entropy.detach(), "accuracy_masked": accuracy(masked, y[noised:])}
 
 
 if __name__ == "__main__":
