@@ -21,7 +21,8 @@ AUGMENT = Augment(flip=False, shift=2)  # a mirrored digit is another sign
 def digits_demo() -> Recipe:
     """Everything once, small: what ``make demo`` runs."""
     model = AMSDNConfig(num_classes=10, variant="compact", width=16)
-    patch: Attack = PatchPGD(size=7, num_steps=5, alpha=0.25, stop_when_fooled=False)
+    patch: Attack = PatchPGD(size=8, num_steps=6, alpha=0.2, stop_when_fooled=False)
+    patch_longer: Attack = PatchPGD(size=8, num_steps=8, alpha=0.15, stop_when_fooled=False)
     sparse: Attack = SparsePGD(k=20, num_steps=5, stop_when_fooled=False)
     return Recipe(
         name="digits-demo",
@@ -33,12 +34,15 @@ def digits_demo() -> Recipe:
         pretrain=PretrainConfig(loop=LoopConfig(epochs=4, learning_rate=4e-3), augment=AUGMENT),
         train=AdversarialTrainConfig(loop=LoopConfig(epochs=40, learning_rate=4e-3), augment=AUGMENT, attacks=(patch, sparse)),
         finetune=FinetuneConfig(
-            loop=LoopConfig(epochs=10, learning_rate=1e-3),
+            loop=LoopConfig(epochs=8, learning_rate=3e-4),
             augment=AUGMENT,
+            attacked_share=0.5,
+            noised_share=0.15,
+            masked_share=0.15,
             attacks=(
                 PGDAttack(epsilon=8 / 255, alpha=3 / 255, num_steps=4, stop_when_fooled=False),
                 PGDL2Attack(epsilon=0.75, alpha=0.3, num_steps=4, stop_when_fooled=False),
-                patch,
+                patch_longer,
                 sparse,
             ),
         ),

@@ -86,7 +86,8 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pytest.importorskip(module, reason=MISSING)
     monkeypatch.setenv("AMSDN_NOTEBOOK_QUICK", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # a backend set for the tests would keep figures out of the notebook
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # the user's own start-up files have no say here
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):  # the user's own set-up has no say, and stays as it is
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
     notebook = nbformat.reads(NOTEBOOK.read_text(encoding="utf-8"), as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
 
@@ -119,7 +120,7 @@ async def execute(notebook: Any, folder: Path) -> int:
     client = NotebookClient(notebook, km=manager, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": str(folder)}})
     try:
         async with client.async_setup_kernel():
-            pid = manager.provisioner.pid
+            pid = manager.provisioner.pid  # type: ignore[union-attr]
             await client.async_execute(reset_kc=False)
     finally:
         if client.kc is not None:
