@@ -7,21 +7,23 @@ gradients through the whole defence and by random search, since each finds image
 
 from collections.abc import Mapping, Sequence
 
-from amsdn.attacks import Attack, PatchPGD, PatchRS, PGDAttack, PGDL2Attack, SparsePGD, SparseRS
+from amsdn.attacks import Attack, PatchPGD, PatchRS, PGDAttack, PGDL2Attack, Restarts, SparsePGD, SparseRS
 
 
 def quick_suite(
-    *, patches: Sequence[int], pixels: Sequence[int], headline: Mapping[str, float], steps: int, queries: int
+    *, patches: Sequence[int], pixels: Sequence[int], headline: Mapping[str, float], steps: int, queries: int, starts: int
 ) -> dict[str, Attack]:
     """CPU-sized attacks for these patch sides and pixel counts, and for linf and l2 around their headline budgets.
 
-    ``steps`` gradient steps for patches, twice as many for pixels, 20 for the balls; ``queries`` of random search for the
-    patch and for the pixel count of the headline.
+    ``steps`` gradient steps for patches, twice as many for pixels, 20 for the balls; for the headline patch
+    ``starts`` more random starts with larger steps; ``queries`` of random search for the patch and the pixel count of the headline.
     """
     suite: dict[str, Attack] = {}
     for size in patches:
         suite[f"patch-pgd-{size}"] = PatchPGD(size=size, num_steps=steps, move_every=2, candidates=8)
     side = int(headline["patch"])
+    # One start is weak: places and contents are a landscape of many hills. Each start meets only what still stands.
+    suite[f"patch-pgd-{side}-restarts"] = Restarts(PatchPGD(size=side, num_steps=steps, alpha=0.1, move_every=2), starts)
     suite[f"patch-rs-{side}"] = PatchRS(size=side, num_queries=queries)
     for k in pixels:
         suite[f"sparse-pgd-{k}"] = SparsePGD(k=k, num_steps=2 * steps)

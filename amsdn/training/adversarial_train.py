@@ -116,11 +116,13 @@ def defence_step(
 
 def craft(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
     """Attack the model as it is deployed: in eval mode, so that no batch statistics leak into the attack."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         return attack.craft(model, x, y, generator)
     finally:
-        model.train()
+        for module, training in modes:
+            module.training = training
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> int:

@@ -103,6 +103,14 @@ def test_crafting_happens_in_eval_mode_and_gives_train_mode_back(tiny_model: AMS
     assert all(p.grad is None and p.requires_grad for p in tiny_model.parameters())
 
 
+def test_finetuning_keeps_the_batch_statistics_of_adversarial_training(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+    before = {k: v.clone() for k, v in tiny_model.named_buffers()}
+    stage = make_stage("finetune", tiny_model)
+    for seed in range(3):
+        stage.step(tiny_model.train(), AMSDN.from_config(tiny_model.config).eval(), batch_of(tiny_split, seed))
+    assert all(torch.equal(v, before[k]) for k, v in tiny_model.named_buffers())
+
+
 def test_without_attacks_training_is_plain_supervision(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
     stage = AdversarialTraining(AdversarialTrainConfig(loop=LOOP, augment=AUGMENT, attacks=()))
     output = stage.step(tiny_model.train(), tiny_model, batch_of(tiny_split))
