@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"amsdn {__version__}")
         return 0
     name, rest = args[0], args[1:]
+    sys.argv = ["amsdn", *args]  # what provenance records, however the command was started
     if name not in COMMANDS:
         print(f"amsdn: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
@@ -72,6 +73,9 @@ def _guarded(name: str, args: Sequence[str]) -> int:
         return int(e.code or 0)
     except InputError as e:
         return _fail(name, e, 2)
+    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except OSError as e:  # a full disk, a read-only folder, a file that vanished
         where = f"{e.filename}: " if e.filename else ""
         return _fail(name, f"{where}{e.strerror or e}; check the path, its permissions and the free space", 2)

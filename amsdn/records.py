@@ -151,7 +151,7 @@ def config_hash(*values: Any) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: a temporary neighbour, synced, then renamed over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as f:
             f.write(data)

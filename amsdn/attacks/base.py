@@ -87,6 +87,11 @@ class Victim:
         with torch.no_grad():
             return expected_logits(self.value, x, self.draws)
 
+    def vote(self, x: Tensor) -> Tensor:
+        """x [B,3,H,W] -> what most of ``RESCORE_DRAWS`` calls answer, as logits [B,K]: how a random model is judged."""
+        self._count(x, forwards=RESCORE_DRAWS, backwards=0)
+        return _rescore(self, x)
+
     def gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,3,H,W], logits -> loss [B]: the gradient [B,3,H,W] of each loss by its image, the loss, the logits.
 
@@ -124,7 +129,7 @@ class ActiveSet:
         self._rows = torch.arange(len(x), device=x.device)
         self._score = torch.full((len(x),), -torch.inf, device=x.device)
         self._done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self._every, self._tick = _poll_every(x.device), 0
+        self.poll_every, self._tick = _poll_every(x.device), 0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -142,13 +147,21 @@ class ActiveSet:
         """Keep what is better; if samples left, the positions that stay (index every own tensor by them), else None."""
         better = score > self._score
         if self.drop:
-            reached = self.goal.reached(logits)
+            reached = self._reached(x_adv, logits)
             better = (better | reached) & ~self._done
             self._done = self._done | reached
         self._best = torch.where(better.reshape(-1, 1, 1, 1), x_adv, self._best)
         self._score = torch.where(better, score, self._score)
         self._tick += 1
-        return self._shrink() if self.drop and self._tick % self._every == 0 else None
+        return self._shrink() if self.drop and self._tick % self.poll_every == 0 else None
+
+    def _reached(self, x_adv: Tensor, logits: Tensor) -> Tensor:
+        """Whose goal is reached, [B] bool. For a random model the mean answer must stand up to the vote that will judge it."""
+        reached = self.goal.reached(logits)
+        if not self.victim.stochastic or not bool(reached.any()):
+            return reached
+        at = reached.nonzero().squeeze(1)
+        return reached.index_put((at,), self.goal.select(at).reached(self.victim.select(at).vote(x_adv[at])))
 
     def _shrink(self) -> Tensor | None:
         stay = (~self._done).nonzero().squeeze(1)

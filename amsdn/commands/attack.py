@@ -13,6 +13,8 @@ from amsdn.errors import InputError
 from amsdn.evaluation.evaluate import EvaluateConfig
 from amsdn.evaluation.report import terminal_table
 from amsdn.recipes import DEFAULT
+from amsdn.records import EvalRecord
+from amsdn.threats import ThreatModel
 from amsdn.utils.helpers import pick_device
 
 
@@ -56,9 +58,19 @@ def run(args: Sequence[str]) -> None:
     config = replace(options.evaluate, keep_examples=options.samples)
     measured = Measured(model, options.model, dataset, options.out / name, device)
     threat = options.attack.threat
-    records = [r for r in measure(measured, {name: options.attack}, config, options.samples, {}) if r.attack == name]
+    rows = measure(measured, {name: options.attack}, config, options.samples, {threat.family: float(threat.budget)})
     print(terminal_table({"this model": measured.out}))
-    mean_forwards, mean_backwards = (sum(getattr(r, f) for r in records) / len(records) for f in ("forwards", "backwards"))
-    print(f"threat {threat.describe()}; largest budget used {max(r.spent for r in records):g}; "
-          f"{mean_forwards:.0f} forward and {mean_backwards:.0f} backward passes an image")  # fmt: skip
+    print(_effort([r for r in rows if r.attack == name], {r.sample_id for r in rows if r.family == "clean" and r.correct}, threat))
     print(f"attacked images: {measured.out / 'examples' / f'{name}.npz'} (clean, adversarial: float32 [N,3,H,W])")
+
+
+def _effort(records: Sequence[EvalRecord], attacked: set[int], threat: ThreatModel) -> str:
+    """What was spent on the images that were right before the attack."""
+    tried = [r for r in records if r.sample_id in attacked]
+    if not tried:
+        return f"threat {threat.describe()}; every image was wrong without an attack, so none was attacked"
+    forwards, backwards = (sum(getattr(r, f) for r in tried) / len(tried) for f in ("forwards", "backwards"))
+    return (
+        f"threat {threat.describe()}; {len(tried)} images attacked, {sum(not r.correct for r in tried)} fooled; largest budget used "
+        f"{max(r.spent for r in tried):g}; {forwards:.0f} forward and {backwards:.0f} backward passes an image"
+    )

@@ -1,10 +1,9 @@
 """``amsdn demo``: the whole story once, on digits, on a CPU, in minutes.
 
 An undefended control and the defended model are trained, attacked with the same suite, certified, and put into one
-report. Every part resumes, so a demo that was interrupted goes on where it was.
+report. Every part resumes, so a demo that was interrupted goes on where it was; delete its folder to start over.
 """
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ class DemoOptions:
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
     limit: int | None = None  # use at most this many images of every split
     out: Path = Path("runs/demo")
-    fresh: bool = False  # delete what an earlier run left in OUT instead of going on from it
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -43,8 +41,6 @@ def run(args: Sequence[str]) -> None:
     options = parse(DemoOptions(), args, "demo", "Everything once.\n\nExample: amsdn demo --out runs/demo")
     started = time.monotonic()
     recipe, device = get_recipe(options.recipe), pick_device(options.device)
-    if options.fresh and options.out.exists():
-        shutil.rmtree(options.out)
     dataset = open_data(options.data or recipe.data, options.data_root, options.limit, device)
     models = _train(recipe, dataset, options.out, device)
     for name, folder in models.items():

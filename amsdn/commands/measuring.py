@@ -32,16 +32,17 @@ class Measured:
 
 
 def measure(
-    run: Measured, attacks: Mapping[str, Attack], config: EvaluateConfig, samples: int | None, headline: Mapping[str, float]
+    run: Measured, attacks: Mapping[str, Attack], config: EvaluateConfig, samples: int | None, headline: Mapping[str, float] | None = None
 ) -> list[EvalRecord]:
     """Attack the first ``samples`` test images (None: all) and write the run folder with its provenance."""
+    check_same_model(run)
     count = min(samples or len(run.dataset.test), len(run.dataset.test))
     started = time.monotonic()
     records = evaluate(run.model, run.dataset.test, attacks, run.out, config, sample_ids=range(count))
     update_run_json(
         run,
         "evaluate",
-        headline=dict(headline),
+        headline=headline,
         seed=config.seed,
         samples=count,
         attacks={name: canonical(a) for name, a in attacks.items()},
@@ -55,14 +56,16 @@ def certify(run: Measured, config: SmoothingConfig, samples: int | None, recheck
 
     Raises CertificateViolation, after everything is on disk, where an attack refutes a certificate.
     """
+    check_same_model(run)
     count = min(samples or len(run.dataset.test), len(run.dataset.test))
     started = time.monotonic()
     certificates = certify_split(run.model, run.dataset.test, run.out, config, sample_ids=range(count))
     smoothed = SmoothedClassifier(run.model, config.sigma, config.batch_size)
     base = {"pgd-l2": PGDL2Attack(epsilon=config.sigma, alpha=config.sigma / 4, num_steps=20)}
-    checks = recheck_smoothed(smoothed, run.dataset.test, certificates, base, recheck)
+    everything = read_records(run.out / "cert.jsonl", CertRecord)  # an earlier call may have certified more samples
+    checks = recheck_smoothed(smoothed, run.dataset.test, everything, base, recheck)
     rows = run.out / "eval.jsonl"
-    direct = cross_check(read_records(rows, EvalRecord) if rows.exists() else [], certificates)
+    direct = cross_check(read_records(rows, EvalRecord) if rows.exists() else [], everything)
     update_run_json(
         run,
         "certify",
@@ -76,6 +79,27 @@ def certify(run: Measured, config: SmoothingConfig, samples: int | None, recheck
     return certificates
 
 
+def check_same_model(run: Measured) -> None:
+    """Raise InputError if the folder holds results of another model: attacks and certificates there are one model's."""
+    fingerprint = model_fingerprint(run.model)
+    for settings in (run.out / "eval_config.json", run.out / "cert_config.json"):
+        if settings.exists() and (found := read_json(settings).get("model")) != fingerprint:
+            raise InputError(f"{run.out}: holds results of another model ({found}, this one is {fingerprint}); use another --out")
+
+
+def training_history(model: Path) -> list[str]:
+    """The commands that made a model folder, first stage first, as far as the run.json files beside the weights tell."""
+    commands: list[str] = []
+    folder: Path | None = model
+    while folder is not None and (folder.parent / "run.json").exists():
+        info = read_json(folder.parent / "run.json")
+        if "stage" not in info:  # not a training stage's folder
+            break
+        commands.insert(0, f"{info.get('command')}  # {info['stage']}, seed {info.get('seed')}, commit {info.get('commit')}")
+        folder = Path(info["start"]) if info.get("start") else None
+    return commands
+
+
 def update_run_json(
     run: Measured, stage: str, *, seconds: float, seed: int, samples: int, headline: Mapping[str, float] | None = None, **more: Any
 ) -> None:
@@ -87,7 +111,7 @@ def update_run_json(
     times = info.get("seconds", {})
     info = {
         **{key: origin[key] for key in ("commit", "date", "versions", "hardware", "seed")},
-        "command": list(dict.fromkeys(s["command"] for s in stages.values())),
+        "command": [*training_history(Path(run.name)), *dict.fromkeys(s["command"] for s in stages.values())],
         "model": {"name": run.name, **describe_model(run.model, model_fingerprint(run.model))},
         "data": describe_data(run.dataset, max(s["samples"] for s in stages.values())),
         "seconds": {**times, stage: round(times.get(stage, 0.0) + seconds, 1)},

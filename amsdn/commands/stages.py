@@ -11,7 +11,7 @@ import torch
 from amsdn.commands.common import check_classes, describe_data, describe_model, provenance, settings_of, write_about
 from amsdn.data import Dataset, Split, batches
 from amsdn.errors import InputError
-from amsdn.evaluation.run_folder import model_fingerprint
+from amsdn.evaluation.run_folder import data_fingerprint, model_fingerprint
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
 from amsdn.models.storage import load_model, save_model
 from amsdn.records import write_json
@@ -41,7 +41,12 @@ def run_stage(run: StageRun, dataset: Dataset, device: torch.device) -> Path:
     torch.manual_seed(derive_seed(seed, "weights"))
     model = _starting_model(run, dataset, device)
     stage = _make_stage(run.config, model)
-    settings = {"config": run.config, "model": model.config, "data": dataset.name, "start": model_fingerprint(model)}
+    settings = {
+        "config": run.config,
+        "model": model.config,
+        "data": [dataset.name, dataset.image_size, list(dataset.classes), data_fingerprint(dataset.train)],
+        "start": model_fingerprint(model),
+    }
     started = time.monotonic()
     averaged = train(stage, model, dataset.train, run.config.loop, run.folder, settings=settings)
     assert isinstance(averaged, AMSDN)

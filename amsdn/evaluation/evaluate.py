@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from amsdn.attacks.adaptive import vote_logits
 from amsdn.attacks.base import RESCORE_DRAWS, Attack
+from amsdn.attacks.losses import margin
 from amsdn.errors import InputError
 from amsdn.evaluation.detection import map_auroc
 from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, id_range, model_fingerprint, writing_to
@@ -202,6 +203,7 @@ class _Run:
 @torch.no_grad()
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) -> Outcome:
     """The unattacked images as an outcome: nothing spent, one forward pass (a stochastic model: a vote of several)."""
+    _check_answers(model, x)
     draws = RESCORE_DRAWS if is_stochastic(model) else 1
     logits = model(x).float() if draws == 1 else vote_logits(model, x, draws)  # a random model is scored as attacks score it
     if not bool(logits.isfinite().all()):
@@ -213,13 +215,21 @@ def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) 
         )
     zeros = torch.zeros(len(x), device=x.device)
     prediction = logits.argmax(1)
-    return Outcome(x, x, y, prediction, prediction == y, label_margin(logits, y), zeros, zeros + draws, zeros)
+    return Outcome(x, x, y, prediction, prediction == y, margin(logits, y), zeros, zeros + draws, zeros)
 
 
-def label_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """True-class logit minus the best other logit; logits [B,K], y [B] -> [B]."""
-    own = logits.gather(1, y[:, None]).squeeze(1)
-    return own - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+def _check_answers(model: nn.Module, x: Tensor) -> None:
+    """Raise InputError unless the model, which may be anybody's, answers these images with logits [B,K]."""
+    try:
+        logits = model(x[:1])
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+        if isinstance(e, InputError):
+            raise
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"the model fails on images {list(x.shape)} ({reason}); it must map float images [B,3,H,W] to logits [B,K]") from e
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(f"the model answers one image with {found}; it must map float images [B,3,H,W] to logits [B,K]")
 
 
 @torch.no_grad()

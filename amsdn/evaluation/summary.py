@@ -73,7 +73,7 @@ def summarise(
     - attacks: by name, see ``summarise_attack``;
     - threats: worst case over attacks per image, one entry per family and budget: family, budget, attacks, robust_accuracy;
     - curves: by family, the same entries as points of a security curve: budget, robust_accuracy;
-    - headline: the budget per family (the largest evaluated unless given; a given one that was not evaluated is left out) and
+    - headline: the budget per family (the largest evaluated, unless one is given that was evaluated) and
       union: robust accuracy when the attacker may choose among all these families, per image (None without any);
     - certified: by certificate, see ``summarise_certificates``.
 
@@ -83,7 +83,8 @@ def summarise(
     table = complete_table(eval_records)
     budgets = table.budgets()
     largest = {family: found[-1] for family, found in budgets.items()}
-    chosen = {f: float(b) for f, b in (largest if headline is None else headline).items() if _evaluated(b, budgets.get(f, ()))}
+    asked = {f: b for f, b in (headline or largest).items() if f in budgets} or largest
+    chosen = {f: float(b) if _evaluated(b, budgets[f]) else largest[f] for f, b in asked.items()}
 
     def robust(broken: Sequence[bool]) -> dict[str, Any]:
         return share([not b for b in broken], confidence).as_dict()

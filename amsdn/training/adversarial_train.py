@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from amsdn.attacks import Attack, PatchPGD, SparsePGD
 from amsdn.data.augment import Augment
+from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
 from amsdn.threats import changed_pixels
 from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
@@ -51,6 +52,12 @@ class AdversarialTrainConfig:
     attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
     attacked_share: float = 0.5  # of every batch
     clean_start: float = 0.15  # share of the run before the first attack, when gradients mean nothing yet
+
+    def __post_init__(self) -> None:
+        if not 0 < self.attacked_share <= 1 or not 0 <= self.clean_start <= 1:
+            raise InputError(
+                f"train: attacked_share must lie in (0, 1] and clean_start in [0, 1], got {self.attacked_share} and {self.clean_start}"
+            )
 
 
 class AdversarialTraining(Stage):

@@ -54,8 +54,10 @@ class FinetuneConfig:
         shares = (self.attacked_share, self.noised_share, self.masked_share)
         if min(shares) < 0 or sum(shares) >= 1:
             raise InputError(f"finetune: shares must be at least 0 and leave some images clean, got {shares}; make them smaller")
-        if not self.attacks:
-            raise InputError("finetune: needs at least one attack")
+        if not self.attacks or not self.noise_sigmas or min(self.noise_sigmas) <= 0:
+            raise InputError(
+                f"finetune: needs at least one attack and positive noise_sigmas, got {len(self.attacks)} and {self.noise_sigmas}"
+            )
 
 
 class Finetuning(Stage):
@@ -80,7 +82,9 @@ class Finetuning(Stage):
         freeze_statistics(model)
         config, x, y = self.config, self.config.augment(batch.x, batch.generator), batch.y
         noised, masked, attacked = (round(share * len(x)) for share in (config.noised_share, config.masked_share, config.attacked_share))
-        corrupted, attacked = noised + masked, max(1, attacked)
+        noised = min(noised, len(x) - 1)  # of a tiny batch, something is left to attack
+        corrupted = min(noised + masked, len(x) - 1)
+        attacked = min(max(1, attacked), len(x) - corrupted)
         chosen = draw(self.running_error, batch.generator)
         attack = config.attacks[chosen]
         output = defence_step(model, teacher, attack, x[corrupted:], y[corrupted:], attacked, config.loss, batch.generator)

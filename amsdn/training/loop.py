@@ -40,10 +40,25 @@ class LoopConfig:
     warmup: float = 0.1  # share of the steps
     clip_norm: float = 1.0
     ema_decay: float = 0.998
-    mixed_precision: bool = True  # bfloat16 autocast around the model; losses and attacks stay float32
+    mixed_precision: bool = True  # bfloat16 autocast around a step; weights, image perturbations and losses stay float32
     seed: int = 0
     checkpoint_every_s: float = 30.0
     log_every: int = 20  # steps
+
+    def __post_init__(self) -> None:
+        sound = {
+            "epochs": 0 < self.epochs < math.inf,
+            "batch_size": self.batch_size >= 2,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "warmup": 0 <= self.warmup < 1,
+            "clip_norm": self.clip_norm > 0,
+            "ema_decay": 0 <= self.ema_decay < 1,
+            "log_every": self.log_every >= 1,
+        }
+        for name, fine in sound.items():
+            if not fine:
+                raise InputError(f"loop.{name} cannot be {getattr(self, name)}; see its default in the recipe")
 
 
 @dataclass
@@ -125,11 +140,8 @@ class _Run:
     """The state of one call of ``train``."""
 
     def __init__(self, stage: Stage, model: nn.Module, split: Split, config: LoopConfig, folder: Path, settings_hash: str) -> None:
-        if config.batch_size < 2 or config.epochs <= 0 or len(split) < 2:
-            raise InputError(
-                f"{stage.name}: nothing to train on with {len(split)} images, batch size {config.batch_size}, {config.epochs:g} epochs; "
-                "batch size and images must be at least 2, epochs positive"
-            )
+        if len(split) < 2:
+            raise InputError(f"{stage.name}: nothing to train on with {len(split)} images; give at least 2")
         self.stage, self.split, self.config = stage, split, config
         self.model = model.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs alike
         self.folder, self.settings_hash = folder, settings_hash
@@ -196,6 +208,13 @@ class _Run:
             self.save()
 
     def save(self) -> None:
+        """Write the state; raises TrainingDiverged rather than keep weights that are not finite."""
+        broken = [name for name, value in self.model.state_dict().items() if not bool(value.isfinite().all())]
+        if broken:
+            raise TrainingDiverged(
+                f"{self.stage.name}: weights not finite after step {self.step} of {self.total}: {', '.join(broken[:3])}; "
+                "lower the learning rate, with another --out"
+            )
         state = {
             "settings": self.settings_hash,
             "step": self.step,
@@ -233,7 +252,7 @@ class _Run:
             culprits = ["the gradient"] if math.isfinite(loss) else ["the loss"]
         return (
             f"{self.stage.name}: not finite at step {self.step + 1} of {self.total}: {', '.join(culprits)} "
-            f"(loss {loss:g}, gradient norm {float(norm):g}); lower the learning rate or turn mixed precision off"
+            f"(loss {loss:g}, gradient norm {float(norm):g}); lower the learning rate or turn mixed precision off, with another --out"
         )
 
 

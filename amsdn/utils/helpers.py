@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import hashlib
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -83,5 +84,6 @@ def hardware(device: torch.device) -> str:
 
 
 def command_line() -> str:
-    """The command that started this process, as a person would type it."""
-    return " ".join(["amsdn" if Path(sys.argv[0]).name in ("amsdn", "__main__.py") else Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that started this process, as a person would type it; ``a notebook`` for a Jupyter kernel."""
+    program = Path(sys.argv[0]).name
+    return "a notebook" if "kernel_launcher" in program else shlex.join([program, *sys.argv[1:]])

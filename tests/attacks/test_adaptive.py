@@ -189,3 +189,25 @@ def test_eot_victim_counts_every_draw() -> None:
     victim.gradient(x, lambda z: z[:, 0])
     assert victim.forwards.tolist() == [10, 10]
     assert victim.backwards.tolist() == [5, 5]
+
+
+class ConfidentMinority(nn.Module):
+    """20 % of calls: a head whose confidence in the wrong class grows fast; 80 %: a soft head that must be pushed much further.
+
+    The mean probability turns wrong long before most answers do, so an attack that stops at the mean stops too early.
+    """
+
+    stochastic = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        push = x.mean((1, 2, 3)) - 0.5
+        confident, soft = 400 * (push - 0.01), 4 * (push - 0.1)
+        wrong = torch.where(torch.rand(len(x)) < 0.2, confident, soft)
+        return torch.stack([torch.zeros_like(wrong), wrong], 1)
+
+
+def test_an_attack_on_a_random_model_goes_on_until_most_answers_are_wrong() -> None:
+    x, y = torch.full((20, 3, 8, 8), 0.5), torch.zeros(20, dtype=torch.int64)
+    result = PGDAttack(epsilon=0.2, alpha=0.01, num_steps=40, random_start=False)(ConfidentMinority().eval(), x, y)
+    assert result.success.all()
+    assert (result.forwards > 1).all()

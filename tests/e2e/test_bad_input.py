@@ -155,6 +155,20 @@ def good():
 def not_finite():
     return Net(float("nan"))
 
+class Crashing(Net):
+    def forward(self, x):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+class Tuple(Net):
+    def forward(self, x):
+        return super().forward(x), x
+
+def crashes():
+    return Crashing()
+
+def returns_a_tuple():
+    return Tuple()
+
 def stubborn():  # refuses eval mode
     net = good()
     net.train = lambda mode=True: net
@@ -181,6 +195,8 @@ def foreign(tmp_path: Path, amsdn: Shell) -> str:
         ("stubborn", "eval()"),
         ("no_module", "must return"),
         ("absent", "absent"),
+        ("crashes", "cannot be multiplied"),
+        ("returns_a_tuple", "tuple"),
         ("fails", "undefined_name_here"),
     ],
 )

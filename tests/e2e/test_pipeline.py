@@ -58,11 +58,25 @@ def test_train_evaluate_certify_report_predict(amsdn: Shell, trained: Path, arra
     assert len(list((tmp_path / "heat").iterdir())) == 1
 
 
+def test_a_run_folder_belongs_to_one_model_and_names_how_it_was_trained(amsdn: Shell, trained: Path, arrays: Path, tmp_path: Path) -> None:
+    common = ["--data", f"arrays:{arrays}", "--out", tmp_path / "mix"]
+    evaluated = amsdn("evaluate", *common, "--model", trained / "train" / "model", "--attacks", "patch-pgd-4")
+    assert evaluated.code == 0, evaluated
+    assert "Patch 4×4" in evaluated.out  # not the recipe's headline budget, but what was attacked
+    commands = json.loads((tmp_path / "mix" / "run.json").read_text())["command"]
+    assert [c.split()[1] for c in commands] == ["pretrain", "train", "evaluate"]
+    refused = amsdn("certify", *common, "--model", trained / "finetune" / "model", "--samples", "2")
+    assert refused.code == 2
+    assert "another model" in refused.err
+    assert not (tmp_path / "mix" / "cert.jsonl").exists()
+
+
 def test_one_attack_states_its_budget_and_keeps_its_images(amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path) -> None:
     words = ["--attack.epsilon", "8/255", "--attack.num-steps", "3", "--samples", "5", "--out", tmp_path / "out"]
     outcome = amsdn("attack", "pgd", "--model", model_folder, "--data", f"arrays:{arrays}", *words)
     assert outcome.code == 0, outcome
     assert "threat linf 8/255" in outcome.out
+    assert "ℓ∞ 8/255" in outcome.out
     assert (tmp_path / "out" / "pgd" / "examples" / "pgd.npz").exists()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amsdn.attacks.gradient_attacks import PGDAttack
 from amsdn.errors import InputError
-from amsdn.evaluation.evaluate import RECORDS, EvaluateConfig, evaluate, hash_of, label_margin
+from amsdn.evaluation.evaluate import RECORDS, EvaluateConfig, evaluate, hash_of
 from amsdn.evaluation.run_folder import model_fingerprint
 from amsdn.records import EvalRecord, read_records
 
@@ -51,11 +51,6 @@ def test_a_closed_form_attack_gives_closed_form_rows(tmp_path: Path) -> None:
     for before, after in zip(rows[:6], rows[6:], strict=True):
         assert after.correct == (before.margin > eps * difference)
         assert after.spent <= eps + 1e-6
-
-
-def test_margin_by_hand() -> None:
-    logits = torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0]])
-    assert label_margin(logits, torch.tensor([1, 0])).tolist() == [2.0, -3.0]
 
 
 def test_a_detector_is_recorded(tmp_path: Path) -> None:

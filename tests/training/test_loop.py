@@ -176,10 +176,43 @@ def test_schedule_rises_to_one_and_falls_to_zero() -> None:
     assert values[-1] < 1e-9
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0.0}, {"batch_size": 1}])
-def test_nothing_to_train_on_is_one_line(wrong: dict[str, Any], tiny_split: ArraySplit, tmp_path: Path) -> None:
+WRONG = [
+    {"epochs": 0.0},
+    {"epochs": math.nan},
+    {"batch_size": 1},
+    {"learning_rate": -1.0},
+    {"learning_rate": math.inf},
+    {"warmup": 1.0},
+    {"clip_norm": 0.0},
+    {"ema_decay": 2.0},
+    {"log_every": 0},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_settings_that_cannot_train_are_one_line(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"loop.{next(iter(wrong))} cannot be"):
+        replace(CONFIG, **wrong)
+
+
+def test_a_single_image_is_nothing_to_train_on(tiny_split: ArraySplit, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to train on"):
-        run(Plain(), tiny_split, tmp_path, replace(CONFIG, **wrong))
+        train(Plain(), network(), tiny_split.subset(torch.tensor([0])), CONFIG, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny_split: ArraySplit, tmp_path: Path) -> None:
+    class Bursting(Plain):
+        """The last step's own loss is fine; the weights it leaves are not."""
+
+        def step(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> StepOutput:
+            if self.steps == 11:
+                with torch.no_grad():
+                    next(model.buffers()).fill_(math.nan)
+            return super().step(model, teacher, batch)
+
+    with pytest.raises(TrainingDiverged, match="weights not finite after step 12 of 12"):
+        run(Bursting(), tiny_split, tmp_path)
+    assert run(Plain(), tiny_split, tmp_path)  # the last good state is still there
 
 
 def test_tensorboard_curves_are_written_where_the_run_is(tiny_split: ArraySplit, tmp_path: Path) -> None:
