@@ -32,7 +32,7 @@ def digits_demo() -> Recipe:
         control_model=replace(model, fpn=False, attention=False, purification=False),
         control=AdversarialTrainConfig(loop=LoopConfig(epochs=25, learning_rate=4e-3), augment=AUGMENT, attacks=()),
         pretrain=PretrainConfig(loop=LoopConfig(epochs=4, learning_rate=4e-3), augment=AUGMENT),
-        train=AdversarialTrainConfig(loop=LoopConfig(epochs=40, learning_rate=4e-3), augment=AUGMENT, attacks=(patch, sparse)),
+        train=AdversarialTrainConfig(loop=LoopConfig(epochs=30, learning_rate=4e-3), augment=AUGMENT, attacks=(patch, sparse)),
         finetune=FinetuneConfig(
             loop=LoopConfig(epochs=8, learning_rate=3e-4),
             augment=AUGMENT,
@@ -46,7 +46,7 @@ def digits_demo() -> Recipe:
                 sparse,
             ),
         ),
-        attacks=quick_suite(patches=(4, 6, 8), pixels=(5, 10, 20), headline=HEADLINE, steps=25, queries=400, starts=6),
+        attacks=quick_suite(patches=(4, 6, 8), pixels=(5, 10, 20), headline=HEADLINE, steps=20, queries=300, starts=5),
         headline=HEADLINE,
         samples=150,
         certified_samples=60,
