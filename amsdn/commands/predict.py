@@ -39,7 +39,7 @@ def run(args: Sequence[str]) -> None:
     device = pick_device(options.device)
     model = load_model(options.model, device)
     classes, image_size = read_about(options.model)
-    images = torch.stack([read_image(path, image_size) for path in options.images]).to(device)
+    images = torch.stack([read_image(path, image_size, rgb_only=True) for path in options.images]).to(device)
     with torch.no_grad():
         analysis = model.analyze(images)
     for index, path in enumerate(options.images):

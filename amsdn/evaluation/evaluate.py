@@ -41,7 +41,7 @@ class EvaluateConfig:
     """How an evaluation is run; the attacks are arguments of ``evaluate``."""
 
     seed: int = 0
-    batch_size: int = 100  # samples attacked together; part of what makes two runs the same
+    batch_size: int = 50  # samples attacked together, the most that a kill can lose; part of what makes two runs the same
     keep_examples: int = 8  # how many samples to keep as pictures
 
     def __post_init__(self) -> None:

@@ -23,18 +23,21 @@ MODES = ("1", "L", "P", "RGB", "LA", "PA", "RGBA")  # at most eight bits a chann
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def read_image(path: Path | str, image_size: int | None = None) -> Tensor:
+def read_image(path: Path | str, image_size: int | None = None, *, rgb_only: bool = False) -> Tensor:
     """An image file as float32 [3,H,W] in [0,1]: RGB, upright after its EXIF orientation, grey repeated to three channels.
 
     With ``image_size`` it is the largest centred square of the image, resized to that many pixels a side (bilinear,
     antialiased). Without, every value is exactly k/255. Colour profiles are not applied. Raises InputError for what
     is missing, damaged, no image, larger than 64 megapixels or smaller than 8 pixels a side, and for what eight-bit
-    RGB cannot hold: 16-bit and floating-point samples, CMYK, transparency, animations.
+    RGB cannot hold: 16-bit and floating-point samples, CMYK, transparency, animations; with ``rgb_only`` also for grey images
+    and for any alpha channel, which a single prediction should not silently turn into something else.
     """
     path = Path(path)
     try:
         with Image.open(path, formats=FORMATS) as opened:
             _check_header(opened, path)
+            if rgb_only and opened.mode not in ("RGB", "P"):
+                raise InputError(f"{path}: colour mode {opened.mode} is not RGB (grey or with alpha); convert it to 8-bit RGB first")
             image = _opaque_rgb(ImageOps.exif_transpose(opened), path)
     except InputError:
         raise
