@@ -88,8 +88,21 @@ def _show(budget: float | Tensor, counts: bool) -> str:
     return f"{round(over_255)}/255" if budget < 0.5 and abs(over_255 - round(over_255)) < 1e-6 else f"{budget:g}"
 
 
+@dataclass(frozen=True)
 class NormBall(ThreatModel):
-    """A ball around the image, which gradient attacks can step through."""
+    """A ball of radius ``eps`` (in [0,1] pixel units) around the image, which gradient attacks can step through."""
+
+    eps: float | Tensor
+
+    def __post_init__(self) -> None:
+        _require_positive(self.eps, f"{type(self).__name__}(eps)")
+
+    @property
+    def budget(self) -> float | Tensor:
+        return self.eps
+
+    def with_budget(self, budget: float) -> Self:
+        return replace(self, eps=budget)
 
     @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -98,20 +111,9 @@ class NormBall(ThreatModel):
 
 @dataclass(frozen=True)
 class LinfBall(NormBall):
-    """Every channel value may change by at most ``eps`` (in [0,1] pixel units)."""
+    """Every channel value may change by at most ``eps``."""
 
-    eps: float | Tensor
     family: ClassVar[str] = "linf"
-
-    def __post_init__(self) -> None:
-        _require_positive(self.eps, "LinfBall(eps)")
-
-    @property
-    def budget(self) -> float | Tensor:
-        return self.eps
-
-    def with_budget(self, budget: float) -> Self:
-        return replace(self, eps=budget)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         eps = _per_image(self.eps, x)
@@ -132,18 +134,7 @@ class LinfBall(NormBall):
 class L2Ball(NormBall):
     """The Euclidean length of the change, over all pixels and channels, is at most ``eps``."""
 
-    eps: float | Tensor
     family: ClassVar[str] = "l2"
-
-    def __post_init__(self) -> None:
-        _require_positive(self.eps, "L2Ball(eps)")
-
-    @property
-    def budget(self) -> float | Tensor:
-        return self.eps
-
-    def with_budget(self, budget: float) -> Self:
-        return replace(self, eps=budget)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         delta = x_adv - x
@@ -292,13 +283,3 @@ def _extent(hit: Tensor) -> Tensor:
 def _require_positive(budget: float | Tensor, where: str) -> None:
     if not bool((torch.as_tensor(budget) > 0).all()):
         raise InputError(f"{where} must be positive, got {budget}")
-
-
-FAMILIES: dict[str, type[ThreatModel]] = {c.family: c for c in (LinfBall, L2Ball, SparsePixels, PatchRegion)}
-
-
-def threat_from(family: str, budget: float) -> ThreatModel:
-    """The threat model that a record names by family and budget."""
-    if family not in FAMILIES:
-        raise InputError(f"unknown threat family {family!r}; known: {', '.join(FAMILIES)}")
-    return FAMILIES[family](budget if family in ("linf", "l2") else int(budget))  # type: ignore[call-arg]

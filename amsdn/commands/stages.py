@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from amsdn.commands.common import check_classes, describe_data, describe_model, provenance, settings_of, write_about
+from amsdn.commands.common import check_classes, describe_data, describe_model, provenance, read_json, settings_of, write_about
 from amsdn.data import Dataset, Split, batches
 from amsdn.errors import InputError
 from amsdn.evaluation.run_folder import data_fingerprint, model_fingerprint
@@ -55,18 +55,22 @@ def run_stage(run: StageRun, dataset: Dataset, device: torch.device) -> Path:
     target = run.folder / "model"
     save_model(averaged, target)
     write_about(target, dataset)
+    fingerprint, path = model_fingerprint(averaged), run.folder / "run.json"
+    if path.exists() and read_json(path).get("model", {}).get("fingerprint") == fingerprint:
+        return target  # the stage had already ended; what was recorded then stays
     info = provenance(
         device,
         stage=stage.name,
         seed=seed,
         config=settings_of(run.config),
-        model=describe_model(averaged, model_fingerprint(averaged)),
+        model=describe_model(averaged, fingerprint),
         data={**describe_data(dataset, len(dataset.train)), "split": "train"},
         start=None if run.start is None else str(run.start),
         seconds=round(time.monotonic() - started, 1),
-        clean_accuracy_val=clean_accuracy(averaged, dataset.val, device),
+        # Pretraining sees no labels, so its classifier says nothing yet.
+        clean_accuracy_val=None if isinstance(run.config, PretrainConfig) else clean_accuracy(averaged, dataset.val, device),
     )
-    write_json(run.folder / "run.json", info)
+    write_json(path, info)
     return target
 
 

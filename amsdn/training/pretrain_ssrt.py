@@ -88,7 +88,7 @@ class SSRT(Stage):
         logits = recognition.recognise(trace.embedding)
         terms = {"info_nce": F.cross_entropy(logits, instance)}
         loss = terms["info_nce"]
-        if trace.anomaly_logit is not None and trace.anomaly_map_logits is not None:
+        if trace.anomaly_logit is not None and trace.anomaly_map_logits is not None and attack.threat.counts:
             terms |= detector_losses(trace.level_anomaly_logits, trace.anomaly_map_logits, trace.anomaly_logit, changed)
             loss = loss + config.anomaly_map * terms["anomaly_map"] + config.detection * terms["detection"]
         metrics = {name: value.detach() for name, value in terms.items()}

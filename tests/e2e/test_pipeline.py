@@ -82,9 +82,11 @@ def test_one_attack_states_its_budget_and_keeps_its_images(amsdn: Shell, model_f
 
 def test_a_finished_stage_run_again_keeps_its_weights(amsdn: Shell, trained: Path, arrays: Path) -> None:
     weights = (trained / "train" / "model" / "model.safetensors").read_bytes()
+    recorded = (trained / "train" / "run.json").read_bytes()
     outcome = amsdn("train", "--data", f"arrays:{arrays}", "--out", trained, *SMALL)
     assert outcome.code == 0, outcome
     assert (trained / "train" / "model" / "model.safetensors").read_bytes() == weights
+    assert (trained / "train" / "run.json").read_bytes() == recorded
 
 
 def test_other_settings_in_the_same_folder_are_refused(amsdn: Shell, trained: Path, arrays: Path) -> None:
