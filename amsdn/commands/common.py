@@ -1,6 +1,5 @@
 """What the commands share: opening data and models, and saying where a result came from."""
 
-import dataclasses
 import datetime
 import importlib
 import json
@@ -116,8 +115,3 @@ def describe_model(model: nn.Module, fingerprint: str) -> dict[str, Any]:
 def describe_data(dataset: Dataset, samples: int) -> dict[str, Any]:
     """The data's part of run.json."""
     return {"name": dataset.name, "split": "test", "samples": samples, "classes": list(dataset.classes), "image_size": dataset.image_size}
-
-
-def settings_of(config: Any) -> Any:
-    """A configuration as JSON, for run.json."""
-    return canonical(config) if dataclasses.is_dataclass(config) else config

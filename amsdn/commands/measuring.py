@@ -103,7 +103,7 @@ def training_history(model: Path) -> list[str]:
 def update_run_json(
     run: Measured, stage: str, *, seconds: float, seed: int, samples: int, headline: Mapping[str, float] | None = None, **more: Any
 ) -> None:
-    """Add what this stage did to OUT/run.json. The seconds of a stage that was interrupted add up."""
+    """Add what this stage did to OUT/run.json. The seconds of calls that ran to their end add up."""
     path = run.out / "run.json"
     info = read_json(path) if path.exists() else {}
     origin = provenance(run.device, seed=seed, samples=samples, **more)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from amsdn.commands.common import check_classes, describe_data, describe_model, provenance, read_json, settings_of, write_about
+from amsdn.commands.common import check_classes, describe_data, describe_model, provenance, read_json, write_about
 from amsdn.data import Dataset, Split, batches
 from amsdn.errors import InputError
 from amsdn.evaluation.run_folder import data_fingerprint, model_fingerprint
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
 from amsdn.models.storage import load_model, save_model
-from amsdn.records import write_json
+from amsdn.records import canonical, write_json
 from amsdn.training.adversarial_train import AdversarialTrainConfig, AdversarialTraining
 from amsdn.training.finetune_attacks import FinetuneConfig, Finetuning
 from amsdn.training.loop import Stage, train
@@ -62,7 +62,7 @@ def run_stage(run: StageRun, dataset: Dataset, device: torch.device) -> Path:
         device,
         stage=stage.name,
         seed=seed,
-        config=settings_of(run.config),
+        config=canonical(run.config),
         model=describe_model(averaged, fingerprint),
         data={**describe_data(dataset, len(dataset.train)), "split": "train"},
         start=None if run.start is None else str(run.start),

@@ -1,6 +1,6 @@
 """Stage two: adversarial training against patches and sparse pixels, every part of the defence at once.
 
-Half of a batch stays clean (augmented, sometimes partly masked), half is attacked through the whole
+Half of a batch stays clean (augmented), half is attacked through the whole
 defence. Classification learns both; the anomaly maps learn where the images were truly changed; purified
 features of an attacked image are pulled to those an averaged teacher sees on the clean one (Madry et al.
 2018 for the min-max frame; Tarvainen and Valpola 2017 for the averaged teacher).
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from amsdn.attacks import Attack, PatchPGD, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.errors import InputError
-from amsdn.models.amsdn import AMSDN
+from amsdn.models.amsdn import AMSDN, AMSDNTrace
 from amsdn.threats import changed_pixels
 from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
 from amsdn.training.objectives import detector_losses, feature_pull
@@ -103,12 +103,9 @@ def defence_step(
     }
     share = attacked / len(x)
     loss = share * terms["cross_entropy_attacked"] + (1 - share) * terms["cross_entropy_clean"]
-    if (
-        trace.anomaly_logit is not None and trace.anomaly_map_logits is not None and attack.threat.counts
-    ):  # a change of every pixel has no place to point at
-        everywhere = torch.cat([changed, changed.new_zeros((len(x) - attacked, *changed.shape[1:]))])
-        terms |= detector_losses(trace.level_anomaly_logits, trace.anomaly_map_logits, trace.anomaly_logit, everywhere)
-        loss = loss + weights.anomaly_map * terms["anomaly_map"] + weights.detection * terms["detection"]
+    for name, term in detector_terms(trace, attack, changed).items():
+        terms[name] = term
+        loss = loss + getattr(weights, name) * term
     if weights.feature_pull:
         with torch.no_grad():
             clean = teacher.trace(x[:attacked]).features
@@ -119,6 +116,18 @@ def defence_step(
     if attacked < len(x):
         metrics["accuracy"] = accuracy(logits[attacked:], y[attacked:])
     return StepOutput(loss, metrics)
+
+
+def detector_terms(trace: AMSDNTrace, attack: Attack, changed: Tensor) -> dict[str, Tensor]:
+    """What teaches the detector, named as its weights are: ``anomaly_map`` and ``detection``.
+
+    ``changed`` [N,1,H,W] bool is where the attack changed the first N images of the traced batch; the others are clean.
+    Empty without a detector, and for a dense attack: a change of every pixel has no place to point at.
+    """
+    if trace.anomaly_logit is None or trace.anomaly_map_logits is None or not attack.threat.counts:
+        return {}
+    clean = changed.new_zeros((len(trace.logits) - len(changed), *changed.shape[1:]))
+    return detector_losses(trace.level_anomaly_logits, trace.anomaly_map_logits, trace.anomaly_logit, torch.cat([changed, clean]))
 
 
 def craft(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:

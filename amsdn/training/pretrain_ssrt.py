@@ -19,9 +19,9 @@ from amsdn.attacks import Attack, PatchPGD, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.models.amsdn import AMSDN
 from amsdn.threats import changed_pixels
-from amsdn.training.adversarial_train import accuracy, craft, draw
+from amsdn.training.adversarial_train import accuracy, craft, detector_terms, draw
 from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
-from amsdn.training.objectives import detector_losses, instance_logits
+from amsdn.training.objectives import instance_logits
 
 
 def default_attacks() -> tuple[Attack, ...]:
@@ -83,14 +83,13 @@ class SSRT(Stage):
         attack = config.attacks[draw(torch.ones(len(config.attacks)), generator)]
         half = len(x) // 2
         x_adv = craft(recognition, attack, x[:half], instance[:half], generator)
-        changed = torch.cat([changed_pixels(x_adv, x[:half]), torch.zeros_like(x[half:, :1], dtype=torch.bool)])
         trace = model.trace(torch.cat([x_adv, x[half:]]))
         logits = recognition.recognise(trace.embedding)
         terms = {"info_nce": F.cross_entropy(logits, instance)}
         loss = terms["info_nce"]
-        if trace.anomaly_logit is not None and trace.anomaly_map_logits is not None and attack.threat.counts:
-            terms |= detector_losses(trace.level_anomaly_logits, trace.anomaly_map_logits, trace.anomaly_logit, changed)
-            loss = loss + config.anomaly_map * terms["anomaly_map"] + config.detection * terms["detection"]
+        for name, term in detector_terms(trace, attack, changed_pixels(x_adv, x[:half])).items():
+            terms[name] = term
+            loss = loss + getattr(config, name) * term
         metrics = {name: value.detach() for name, value in terms.items()}
         metrics |= {"accuracy_attacked": accuracy(logits[:half], instance[:half]), "accuracy": accuracy(logits[half:], instance[half:])}
         return StepOutput(loss, metrics)
