@@ -39,6 +39,7 @@ class EvalRecord:
     anomaly_score: float | None  # None: the model has no detector
     detected: bool | None
     localisation: float | None  # anomaly map AUROC against the truly changed pixels, None where undefined
+    evades: bool = False  # the attack also tried to stay below the detector's threshold
 
     @property
     def key(self) -> Key:

@@ -1,6 +1,7 @@
 """Attacks made of attacks: restarts, and cascades that take the per-image worst case."""
 
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +13,26 @@ from amsdn.threats import ThreatModel
 
 
 @dataclass(frozen=True)
-class _Composite(Attack):
+class Composite(Attack):
     """Runs each part on what still stands and keeps, per image, the result of best margin.
 
     Each part uses its own ``eot_samples``; the composite's own are spent on scoring the parts' results, which costs
     one query per sample and part.
     """
 
-    def _worst_of(self, parts: Iterable[Attack], victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[Attack]:
+        """The attacks in the order in which they run, all of one threat model; cheap ones belong first."""
+
+    @property
+    def threat(self) -> ThreatModel:
+        return self.parts[0].threat
+
+    def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         active = self.active(victim, x, goal)
         active.poll_every = 1  # a part is many steps: waiting for the device once is nothing beside attacking fooled images again
-        for part in parts:
+        for part in self.parts:
             x_adv = part.perturb(active.victim.averaging(part.eot_samples), active.x, active.goal, generator)
             active.record(x_adv, *active.query(x_adv, MARGIN))
             if not len(active):
@@ -31,7 +41,7 @@ class _Composite(Attack):
 
 
 @dataclass(frozen=True)
-class Restarts(_Composite):
+class Restarts(Composite):
     """The same attack ``n`` times from fresh randomness; a fooled image is not attacked again."""
 
     attack: Attack
@@ -45,13 +55,14 @@ class Restarts(_Composite):
     def threat(self) -> ThreatModel:
         return self.attack.threat
 
-    def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
-        return self._worst_of([self.attack] * self.n, victim, x, goal, generator)
+    @property
+    def parts(self) -> Sequence[Attack]:
+        return [self.attack] * self.n
 
 
 @dataclass(frozen=True)
-class Cascade(_Composite):
-    """Several attacks of one threat model, one after the other on what still stands; cheap ones belong first."""
+class Cascade(Composite):
+    """Several attacks of one threat model, one after the other on what still stands."""
 
     attacks: tuple[Attack, ...]
 
@@ -63,8 +74,5 @@ class Cascade(_Composite):
             require(same, self, f"all parts must share the threat {self.threat.describe()}", other.threat.describe())
 
     @property
-    def threat(self) -> ThreatModel:
-        return self.attacks[0].threat
-
-    def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
-        return self._worst_of(self.attacks, victim, x, goal, generator)
+    def parts(self) -> Sequence[Attack]:
+        return self.attacks

@@ -12,14 +12,14 @@ from amsdn.threats import LinfBall, ThreatModel
 
 @dataclass(frozen=True)
 class RandomNoise(Attack):
-    """The best, by margin, of ``samples`` random members of the threat model ``within``."""
+    """The best, by margin, of ``tries`` random members of the threat model ``within``."""
 
     within: ThreatModel = LinfBall(8 / 255)
-    samples: int = 10
+    tries: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.samples >= 1, self, "samples must be at least 1", self.samples)
+        require(self.tries >= 1, self, "tries must be at least 1", self.tries)
 
     @property
     def threat(self) -> ThreatModel:
@@ -27,7 +27,7 @@ class RandomNoise(Attack):
 
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         active = self.active(victim, x, goal)
-        for _ in range(self.samples):
+        for _ in range(self.tries):
             x_adv = active.threat.sample(active.x, generator)
             active.record(x_adv, *active.query(x_adv, MARGIN))
             if not len(active):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import tyro
+
 from amsdn.attacks import Attack
 from amsdn.attacks.registry import ATTACKS
 from amsdn.commands.common import check_classes, open_data, open_model
@@ -13,19 +15,21 @@ from amsdn.errors import InputError
 from amsdn.evaluation.evaluate import EvaluateConfig
 from amsdn.evaluation.report import terminal_table
 from amsdn.recipes import DEFAULT
-from amsdn.records import EvalRecord
+from amsdn.records import EvalRecord, config_hash
 from amsdn.threats import ThreatModel
 from amsdn.utils.helpers import pick_device
+
+EXAMPLE = "amsdn attack sparse-autoattack --k 20 --model mymodels:make_net --data cifar10 --data-root DIR --samples 200"
 
 
 @dataclass(frozen=True)
 class AttackOptions:
     """Options of ``amsdn attack``."""
 
-    attack: Attack
+    attack: tyro.conf.OmitArgPrefixes[Attack]
     model: str = f"checkpoints/{DEFAULT}/finetune/model"  # a model folder, or module:function that returns a torch classifier
     data: str = "digits"  # digits, cifar10, folder:DIR or arrays:DIR
-    out: Path = Path("checkpoints/attack")  # the run folder
+    out: Path | None = None  # the run folder is OUT/NAME; default: a folder of its own for every combination of settings
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
     limit: int | None = None  # use at most this many images of every split
     image_size: int | None = None  # pixels a side; default: the data set's own
@@ -37,31 +41,55 @@ class AttackOptions:
 def run(args: Sequence[str]) -> None:
     """Attack one model."""
     names = ", ".join(ATTACKS)
-    if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
-        raise InputError(f"name an attack first; choose one of {names}")
-    if args[0] in ("-h", "--help"):
-        print(f"usage: amsdn attack NAME [--attack.FIELD VALUE ...] [--model DIR] [--data DATA]\n\nAttacks: {names}\n\n"
-              "Example: amsdn attack pgd --attack.epsilon 8/255 --model checkpoints/digits-demo/finetune/model --limit 50\n"
-              "Each attack explains its fields: amsdn attack pgd --help")  # fmt: skip
+    if list(args) in (["-h"], ["--help"]):
+        print(
+            "usage: amsdn attack NAME [--FIELD VALUE ...] [--model DIR] [--data DATA]\n\n"
+            f"Attacks: {names}\n\nExample: {EXAMPLE}\nEach attack explains its fields: amsdn attack pgd --help"
+        )
         return
-    name = args[0]
-    if name not in ATTACKS:
-        raise InputError(f"unknown attack {name!r}; choose one of {names}")
-    default = AttackOptions(attack=ATTACKS[name]())
-    description = f"Run {name} and keep the attacked images.\n\nExample: amsdn attack {name} --model checkpoints/digits-demo/finetune/model --limit 50"
-    options = parse(default, args[1:], f"attack {name}", description)
+    name, rest = split_attack(args)
+    description = f"Run {name} and keep the attacked images.\n\nExample: {EXAMPLE.replace('sparse-autoattack --k 20', name)}"
+    options = parse(AttackOptions(attack=ATTACKS[name]()), rest, f"attack {name}", description)
     positive(options.samples, "--samples")
     device = pick_device(options.device)
     model = open_model(options.model, device)
     dataset = open_data(options.data, options.data_root, options.limit, device, options.image_size)
     check_classes(model, dataset, options.model)
     config = replace(options.evaluate, keep_examples=options.samples)
-    measured = Measured(model, options.model, dataset, options.out / name, device)
+    measured = Measured(model, options.model, dataset, _folder(options, name), device)
     threat = options.attack.threat
     rows = measure(measured, {name: options.attack}, config, options.samples, {threat.family: float(threat.budget)})
     print(terminal_table({"this model": measured.out}))
     print(_effort([r for r in rows if r.attack == name], {r.sample_id for r in rows if r.family == "clean" and r.correct}, threat))
     print(f"attacked images: {measured.out / 'examples' / f'{name}.npz'} (clean, adversarial: float32 [N,3,H,W])")
+
+
+def split_attack(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The attack's name, given first or by ``--attack NAME``, and the other words with ``--attack.field`` as ``--field``.
+
+    Raises InputError where no attack, or an unknown one, is named.
+    """
+    words = [word.replace("--attack.", "--", 1) if word.startswith("--attack.") else word for word in args]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--attack=") else [word])]
+    name = None
+    if "--attack" in words:
+        at = words.index("--attack")
+        name = words[at + 1] if at + 1 < len(words) else None
+        del words[at : at + 2]
+    elif words and not words[0].startswith("-"):
+        name = words.pop(0)
+    if name is None:
+        raise InputError(f"name an attack; choose one of {', '.join(ATTACKS)}")
+    if name not in ATTACKS:
+        raise InputError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
+    return name, words
+
+
+def _folder(options: AttackOptions, name: str) -> Path:
+    """The run folder: the same command finds its own results again, another one does not meet them."""
+    if options.out is not None:
+        return options.out / name
+    return Path("checkpoints/attack") / f"{name}-{config_hash(replace(options, device='auto'))[:6]}"
 
 
 def _effort(records: Sequence[EvalRecord], attacked: set[int], threat: ThreatModel) -> str:

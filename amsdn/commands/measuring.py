@@ -115,7 +115,6 @@ def update_run_json(
         "model": {"name": run.name, **describe_model(run.model, model_fingerprint(run.model))},
         "data": describe_data(run.dataset, max(s["samples"] for s in stages.values())),
         "seconds": {**times, stage: round(times.get(stage, 0.0) + seconds, 1)},
-        "detector_attacked": False,  # no attack of this version optimises against the detection score
         "headline": info.get("headline") if headline is None else dict(headline),
         "stages": stages,
     }

@@ -39,9 +39,14 @@ class Run:
         return frozenset(complete_table(self.records).sample_ids)
 
     def attacks_within(self, family: str, budget: float) -> frozenset[str]:
-        """Configuration hashes of the attacks that count at this budget (threat sets are nested)."""
+        """Configuration hashes of the attacks that count at this budget (threat sets are nested).
+
+        Those that also evade a detector are left out: they exist only for models that have one, and can only lower its numbers.
+        """
         return frozenset(
-            r.config_hash for r in self.records if r.family == family and (r.budget <= budget or same_budget(r.budget, budget))
+            r.config_hash
+            for r in self.records
+            if r.family == family and not r.evades and (r.budget <= budget or same_budget(r.budget, budget))
         )
 
 
@@ -165,11 +170,11 @@ def headline_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def strongest_attack(run: Run, family: str, budget: float) -> str | None:
-    """The attack of this family and budget that left the fewest images right; None if there is none."""
+    """The attack of this family and budget, on the prediction alone, that left the fewest images right; None if there is none."""
     found = [
         (a["robust_accuracy"]["value"], name)
         for name, a in run.summary["attacks"].items()
-        if a["family"] == family and same_budget(a["budget"], budget)
+        if a["family"] == family and same_budget(a["budget"], budget) and not a["evades"]
     ]
     return min(found)[1] if found else None
 
@@ -249,7 +254,26 @@ def _detection_rows(runs: Sequence[Run]) -> list[Row]:
         rows.append(
             _row(runs, f"detection:{family}", f"Detected, {describe(family, budget)}", note, "detection", cells, [False] * (len(runs) - 1))
         )
+    return rows + _unnoticed_rows(runs)
+
+
+def _unnoticed_rows(runs: Sequence[Run]) -> list[Row]:
+    """For families whose attacks also evade the detector: how often one ends wrong and undetected."""
+    rows: list[Row] = []
+    for family, budget in runs[0].summary["headline"].items():
+        found = threat_entry(runs[0], family, budget)
+        if found is None or not found["evading"] or not found["unnoticed"]:
+            continue
+        cells = [cell_of((threat_entry(r, family, budget) or {}).get("unnoticed")) for r in runs]
+        note = f"worst of {len(found['attacks'])} attacks, {len(found['evading'])} of them against the detector too"
+        label = f"Wrong and unnoticed, {describe(family, budget)}"
+        rows.append(_row(runs, f"unnoticed:{family}", label, note, "detection", cells, [False] * (len(runs) - 1)))
     return rows
+
+
+def threat_entry(run: Run, family: str, budget: float) -> Mapping[str, Any] | None:
+    """The summary's worst case of one threat; None where it was not evaluated."""
+    return next((t for t in run.summary["threats"] if t["family"] == family and same_budget(t["budget"], budget)), None)
 
 
 def _tpr(run: Run, attack: str | None) -> Mapping[str, Any] | None:

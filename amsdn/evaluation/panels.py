@@ -20,6 +20,7 @@ from amsdn.evaluation.headline import (
     percent,
     same_budget,
     short_budget,
+    threat_entry,
 )
 
 
@@ -61,6 +62,7 @@ def attack_table(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
             "forwards": attack["mean_forwards"],
             "backwards": attack["mean_backwards"],
             "tpr": cell_of(attack["detection"]["tpr"]) if attack["detection"] else None,
+            "evades": attack["evades"],
             "missed": cell_of(attack["wrong_undetected"]),
             "located": attack["localisation"]["mean"] if attack["localisation"] else None,
         }
@@ -178,18 +180,24 @@ def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
         f"{first.summary['samples']} images were evaluated, and an interval in the accuracy rows is up to {100 * widest:.0f} points wide. "
         "Intervals cover the choice of images, not the luck of training: each column is one trained model.",
     ]
-    if any(row.group == "detection" for row in rows) and first.info.get("detector_attacked") is not True:
-        said.append(
-            "The attacks tried to change the prediction, not to escape the detector. "
-            "The alarm rows hold for attackers who ignore it; expect less against one who attacks both at once."
-        )
+    said += _limits_of_detection(first, rows)
     said += _limits_of_certificates(first)
     if first.summary["dropped"]:
         said.append(f"{first.summary['dropped']} images lack rows for some attack and are counted nowhere.")
-    if any(d and not d.comparable for row in rows if not row.key.startswith("detection:") for d in row.differences):
+    if any(d and not d.comparable for row in rows if row.group != "detection" for d in row.differences):
         said.append("Some rows compare runs with other images or other attack settings; no difference is claimed there.")
     if len(runs) == 1:
         said.append("There is no comparison model here, so the report does not show what the defence adds.")
+    return said
+
+
+def _limits_of_detection(run: Run, rows: Sequence[Row]) -> list[str]:
+    if not any(row.group == "detection" for row in rows):
+        return []
+    said = ["The rows “Detected” hold for attackers who ignore the detector; expect less against one who attacks both at once."]
+    ignored = [family_name(f) for f, b in run.summary["headline"].items() if not (threat_entry(run, f, b) or {}).get("evading")]
+    if ignored:
+        said.append(f"No attack on these tried to escape the detector: {', '.join(ignored)}.")
     return said
 
 

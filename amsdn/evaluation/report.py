@@ -7,7 +7,7 @@ A run folder holds ``run.json`` (provenance), ``eval.jsonl`` (EvalRecord rows) a
 (CertRecord rows), ``crosscheck.json`` and ``examples/<attack>.npz``. All keys of run.json are optional; read here are
 ``command`` (text or a list), ``commit``, ``date``, ``seed``, ``versions``, ``hardware``, ``seconds``,
 ``model {config, parameters, fingerprint, detection_threshold, false_positive_rate}``, ``data {name, split, samples, classes}``
-``headline {family: budget}`` and ``detector_attacked`` (true where the attacks optimised against the detector too).
+and ``headline {family: budget}``.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ others is stated. A sample that is misclassified without an attack counts as bro
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,11 +49,20 @@ class Table:
         Threat sets are nested, so an attack with a smaller budget counts, and so does one with a larger budget
         whose image happens to spend no more than this one.
         """
-        hit = [not row.correct for row in self.clean]
+        return self._worst(family, budget, lambda row: not row.correct)
+
+    def unnoticed(self, family: str, budget: float) -> list[bool] | None:
+        """As ``broken``, but only misclassified images count that the model's detector lets pass; None without a detector."""
+        if any(row.detected is None for rows in self.rows.values() for row in rows):
+            return None
+        return self._worst(family, budget, lambda row: not row.correct and not row.detected)
+
+    def _worst(self, family: str, budget: float, bad: Callable[[EvalRecord], bool]) -> list[bool]:
+        hit = [bad(row) for row in self.clean]
         limit = budget * (1 + 1e-6)  # a budget typed by hand need not equal the recorded float
         for rows in self.attacks.values():
             if rows[0].family == family:
-                hit = [h or (not row.correct and min(row.budget, row.spent) <= limit) for h, row in zip(hit, rows, strict=True)]
+                hit = [h or (bad(row) and min(row.budget, row.spent) <= limit) for h, row in zip(hit, rows, strict=True)]
         return hit
 
 
@@ -71,7 +80,9 @@ def summarise(
 
     - samples, dropped, confidence, clean (proportion), false_positives (proportion of clean images flagged, or None);
     - attacks: by name, see ``summarise_attack``;
-    - threats: worst case over attacks per image, one entry per family and budget: family, budget, attacks, robust_accuracy;
+    - threats: worst case over attacks per image, one entry per family and budget: family, budget, attacks, robust_accuracy,
+      unnoticed (proportion of images that some attack, or none at all, turns wrong without being detected; None without a
+      detector) and evading (the attacks among them that also tried to stay undetected);
     - curves: by family, the same entries as points of a security curve: budget, robust_accuracy;
     - headline: the budget per family (the largest evaluated, unless one is given that was evaluated) and
       union: robust accuracy when the attacker may choose among all these families, per image (None without any);
@@ -99,7 +110,14 @@ def summarise(
         "false_positives": _flagged(table.clean, confidence),
         "attacks": {name: summarise_attack(rows, table.clean, confidence) for name, rows in table.attacks.items()},
         "threats": [
-            {"family": f, "budget": b, "attacks": _attacks_within(table, f, b), "robust_accuracy": robust(table.broken(f, b))}
+            {
+                "family": f,
+                "budget": b,
+                "attacks": (names := _attacks_within(table, f, b)),
+                "robust_accuracy": robust(table.broken(f, b)),
+                "unnoticed": None if (hits := table.unnoticed(f, b)) is None else share(hits, confidence).as_dict(),
+                "evading": [name for name in names if table.rows[name][0].evades],
+            }
             for f, found in budgets.items()
             for b in found
         ],
@@ -138,7 +156,7 @@ def complete_table(records: Iterable[EvalRecord]) -> Table:
 def summarise_attack(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], confidence: float = CONFIDENCE) -> dict[str, Any]:
     """One attack's numbers; ``rows`` and ``clean`` are of the same samples in the same order.
 
-    family, budget, robust_accuracy (proportion), successes (clean-correct, then fooled), mean_forwards and mean_backwards
+    family, budget, evades, robust_accuracy (proportion), successes (clean-correct, then fooled), mean_forwards and mean_backwards
     (passes per sample that was attacked at all, that is clean-correct), detection (see ``summarise_detection``),
     wrong_undetected (proportion of all samples that are misclassified under attack and pass the model's own detector) and
     localisation (mean over successful attacks of the anomaly map's AUROC, with n); the last three are None where undefined.
@@ -149,6 +167,7 @@ def summarise_attack(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], co
     return {
         "family": rows[0].family,
         "budget": rows[0].budget,
+        "evades": rows[0].evades,
         "robust_accuracy": proportion(len(attempted) - len(successes), len(rows), confidence).as_dict(),
         "successes": len(successes),
         "mean_forwards": _mean([row.forwards for row in attempted]),

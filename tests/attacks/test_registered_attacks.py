@@ -11,7 +11,7 @@ from amsdn.attacks import ATTACKS, Attack, base, make_attack
 from amsdn.errors import InputError
 from amsdn.records import config_hash
 
-QUICK = {"num_steps": 6, "num_queries": 40, "samples": 6}
+QUICK = {"num_steps": 6, "num_queries": 40, "tries": 6}
 SINGLE_QUERY = {"fgsm"}
 
 
@@ -204,7 +204,7 @@ def test_make_attack() -> None:
         ("sparse-rs", {"alpha_init": 1.5}),
         ("sparse-rs", {"num_queries": 0}),
         ("patch-rs", {"shift_every": 0}),
-        ("noise", {"samples": 0}),
+        ("noise", {"tries": 0}),
     ],
 )
 def test_unusable_settings_are_refused(name: str, settings: dict[str, float]) -> None:

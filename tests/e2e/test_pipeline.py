@@ -72,8 +72,8 @@ def test_a_run_folder_belongs_to_one_model_and_names_how_it_was_trained(amsdn: S
 
 
 def test_one_attack_states_its_budget_and_keeps_its_images(amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path) -> None:
-    words = ["--attack.epsilon", "8/255", "--attack.num-steps", "3", "--samples", "5", "--out", tmp_path / "out"]
-    outcome = amsdn("attack", "pgd", "--model", model_folder, "--data", f"arrays:{arrays}", *words)
+    words = ["--epsilon", "8/255", "--num-steps", "3", "--samples", "5", "--out", tmp_path / "out"]
+    outcome = amsdn("attack", "--model", model_folder, "--attack", "pgd", "--data", f"arrays:{arrays}", *words)
     assert outcome.code == 0, outcome
     assert "threat linf 8/255" in outcome.out
     assert "ℓ∞ 8/255" in outcome.out

@@ -80,6 +80,14 @@ def add_crosscheck(folder: Path, violations: int = 0) -> None:
     (folder / "crosscheck.json").write_text(json.dumps(found))
 
 
+def add_evasion(folder: Path, family: str = "patch", budget: float = 5.0) -> None:
+    """An attack that breaks samples 0 to 4 and is caught on none but sample 0."""
+    rows = [_row(i, "evader", family, budget, i > 4, True, "") for i in range(N)]
+    quiet = [dataclasses.replace(r, evades=True, detected=r.sample_id == 0, anomaly_score=0.9 * (r.sample_id == 0)) for r in rows]
+    with (folder / "eval.jsonl").open("a") as f:
+        f.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in quiet)
+
+
 def write_rows(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_toys import Detecting, FlipPixels, images
-from report_toys import N, add_certificates, add_crosscheck, add_examples, write_rows, write_run
+from report_toys import N, add_certificates, add_crosscheck, add_evasion, add_examples, write_rows, write_run
 
 from amsdn.errors import InputError
 from amsdn.evaluation.certification import SmoothedClassifier, SmoothingConfig, certify_split
@@ -186,6 +186,22 @@ def test_model_without_detector_has_no_detector_columns(tmp_path: Path) -> None:
     assert not any(row["group"] == "detection" for row in numbers["headline"])
     assert "AUROC" not in text
     assert 'id="detector"' not in text
+
+
+def test_an_attack_on_the_detector_gets_its_own_row_and_leaves_the_comparison_alone(tmp_path: Path) -> None:
+    folders = {"defended": write_run(tmp_path / "defended"), "plain": write_run(tmp_path / "plain", defended=False, detector=False)}
+    add_evasion(folders["defended"])
+    build_report(folders, tmp_path / "page", title="A title")
+    rows = {row["key"]: row for row in json.loads((tmp_path / "page" / "report.json").read_text())["headline"]}
+    unnoticed = rows["unnoticed:patch"]["cells"]
+    assert unnoticed["defended"]["value"] == 5 / N  # 1 to 4 by the evader; 19 is wrong, unnoticed, without any attack
+    assert unnoticed["plain"] is None
+    assert "1 of them against the detector too" in rows["unnoticed:patch"]["note"]
+    assert "unnoticed:sparse" not in rows
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "must stay unnoticed too" in page
+    assert "No attack on these tried to escape the detector: changed pixels" in page
+    assert "no difference is claimed there" not in page  # the evader, which the plain model cannot meet, does not spoil the others
 
 
 def test_run_of_clean_images_only(tmp_path: Path) -> None:

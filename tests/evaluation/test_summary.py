@@ -128,6 +128,18 @@ def test_detection_is_about_successful_attacks() -> None:
     assert attack["localisation"] == {"mean": pytest.approx((0.9 + 0.15 + 0.7) / 3), "n": 3}
 
 
+def test_unnoticed_is_the_worst_case_over_attacks_that_evade_and_those_that_do_not() -> None:
+    rows = detected_rows([(0.1, 0.9)] * 4, clean="1101", attacked="0001", flagged="1010")  # sample 2 is wrong, unnoticed, without an attack
+    quiet = [(True, False), (False, False), (True, True), (True, False)]  # (correct, detected): only sample 1 is wrong and passes
+    joint = {"family": "sparse", "budget": 5.0, "evades": True, "anomaly_score": 0.2}
+    rows += [eval_row(i, "joint", correct=ok, detected=seen, **joint) for i, (ok, seen) in enumerate(quiet)]
+    (threat,) = summarise(rows)["threats"]
+    assert count(threat["unnoticed"]) == (2, 4)  # 1 and 2; sample 0 was wrong but caught, by the only attack that broke it
+    assert count(threat["robust_accuracy"]) == (1, 4)
+    assert (threat["attacks"], threat["evading"]) == (["a5", "joint"], ["joint"])
+    assert summarise(rows_of(flags("1"), a5=flags("0")))["threats"][0]["unnoticed"] is None
+
+
 def test_detection_without_a_successful_attack_has_no_numbers() -> None:
     attack = summarise(detected_rows([(0.1, 0.9)], clean="1", attacked="1", flagged="1"))["attacks"]["a5"]
     assert attack["detection"]["auroc"] is None
