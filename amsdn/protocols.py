@@ -8,7 +8,9 @@ countermeasure, or asks the matching question, without being told to:
 
 - ``stochastic = True``: the output varies from call to call; attacks then average over draws (EOT).
 - ``differentiable_surrogate()``: a module to take gradients through where the real forward has none (BPDA).
-- ``analyze(x)``: it also detects attacks (see ``Detector``), unless ``has_detector`` is False.
+- ``classifier``, ``fill`` and ``masks(height, width)``: it answers by votes over masked views (see ``MaskedVoting``).
+- ``analyze(x)``: it also detects attacks (see ``Detector``), unless ``has_detector`` is False; attacks can then evade the
+  detector too, for which ``detection_threshold`` says above which anomaly score it raises the alarm.
 """
 
 from typing import Any, Protocol, cast, runtime_checkable
@@ -27,9 +29,13 @@ class Classifier(Protocol):
 
 @runtime_checkable
 class Analysis(Protocol):
-    """What a detecting defence says about a batch besides its logits [B,K]."""
+    """What a detecting defence says about a batch besides its logits [B,K].
 
-    logits: Tensor
+    It may also have ``anomaly_logit`` [B], of which the score is the sigmoid: a score that has rounded to 0 or 1 has no
+    gradient left, its logit has.
+    """
+
+    logits: Tensor  # as forward gives them
     anomaly_score: Tensor  # [B] in [0,1]
     detected: Tensor  # [B] bool
     anomaly_map: Tensor  # [B,1,H,W] in [0,1]
@@ -37,14 +43,48 @@ class Analysis(Protocol):
 
 @runtime_checkable
 class Detector(Protocol):
-    """A classifier that can also say which images look attacked, and where."""
+    """A classifier that can also say which images look attacked, and where.
+
+    Where it decides by ``detected = anomaly_score > detection_threshold``, it should declare that threshold as an attribute,
+    a number or a tensor of one: without it an attack knows only on which side of it an image lies.
+    """
 
     def analyze(self, x: Tensor, /) -> Analysis: ...
+
+
+@runtime_checkable
+class MaskedVoting(Protocol):
+    """A defence that answers by double masking: by what ``classifier`` says of the image under one and two of its masks."""
+
+    classifier: nn.Module
+    fill: Tensor  # [1,3,1,1], the colour of covered pixels
+
+    def masks(self, height: int, width: int, /) -> Tensor:
+        """The masks for images of this size, [M,1,H,W] bool, True where they cover."""
+
+
+def masked_voting_of(model: object) -> MaskedVoting | None:
+    """The model as a defence by double masking, or None for one that does not declare it."""
+    return model if isinstance(model, MaskedVoting) else None
 
 
 def detector_of(model: object) -> Detector | None:
     """The model as a detector, or None for one without ``analyze`` or that says ``has_detector = False``."""
     return model if isinstance(model, Detector) and getattr(model, "has_detector", True) else None
+
+
+def threshold_of(model: object) -> Tensor | None:
+    """The declared detection threshold, a tensor of no dimensions; None without one. Raises InputError for anything else than a number."""
+    declared = getattr(model, "detection_threshold", None)
+    if declared is None:
+        return None
+    try:
+        threshold = torch.as_tensor(declared, dtype=torch.float32).detach().reshape(())
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"detection_threshold must be one number, the anomaly score of the alarm; got {declared!r}") from e
+    if not bool(threshold.isfinite()):
+        raise InputError(f"detection_threshold must be a finite number, got {float(threshold)}; calibrate the detector")
+    return threshold
 
 
 def is_stochastic(model: object) -> bool:

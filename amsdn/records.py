@@ -32,7 +32,7 @@ class EvalRecord:
     spent: float  # the budget the attacked image really uses
     label: int
     prediction: int
-    correct: bool
+    correct: bool  # the prediction is the label, whatever the attacker wanted
     margin: float  # true-class logit minus best other logit on the attacked image
     forwards: int  # forward passes spent on this sample
     backwards: int
@@ -40,6 +40,7 @@ class EvalRecord:
     detected: bool | None
     localisation: float | None  # anomaly map AUROC against the truly changed pixels, None where undefined
     evades: bool = False  # the attack also tried to stay below the detector's threshold
+    success: bool | None = None  # the attack's own goal is reached; None: there is no attack, or the row is older than this field
 
     @property
     def key(self) -> Key:

@@ -1,6 +1,7 @@
 """Records survive kills, refuse nonsense, and a configuration's hash changes with any of its values."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amsdn.errors import InputError
-from amsdn.records import CertRecord, RecordLog, canonical, config_hash, read_records, write_atomic
+from amsdn.records import CertRecord, EvalRecord, RecordLog, canonical, config_hash, read_records, write_atomic
 
 ROW = CertRecord(0, "abc", 0, "l2", 1, 1, 0.25, True, 100, 0.5)
 ROWS = [dataclasses.replace(ROW, sample_id=i) for i in range(4)]
@@ -39,6 +40,15 @@ def test_a_line_torn_by_a_kill_is_dropped_and_written_again(cut: int, tmp_path: 
     assert list(log) == ROWS[:kept]
     log.append(ROWS[kept:])
     assert path.read_bytes() == whole
+
+
+def test_rows_from_before_a_field_was_added_still_load(tmp_path: Path) -> None:
+    row = EvalRecord(0, "abc", 0, "pgd", "linf", 0.1, 0.1, 1, 2, False, -1.0, 9, 8, None, None, None)
+    written = dataclasses.asdict(dataclasses.replace(row, evades=True, success=True))
+    path = tmp_path / "eval.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in written.items() if k not in gone}) + "\n" for gone in ({"evades", "success"}, {})))
+    assert read_records(path, EvalRecord) == [row, dataclasses.replace(row, evades=True, success=True)]
+    assert (row.evades, row.success) == (False, None)
 
 
 def test_a_row_written_twice_is_a_bug(tmp_path: Path) -> None:

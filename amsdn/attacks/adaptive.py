@@ -4,7 +4,8 @@ BPDA (Athalye, Carlini & Wagner, ICML 2018) takes the value of the real model an
 stand-in. EOT (Athalye et al., ICML 2018) attacks the expectation over the model's own randomness.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,10 +34,14 @@ def expected_logits(forward: Forward, x: Tensor, draws: int) -> Tensor:
     with a huge logit cannot drown the draws that still stand, and the gradient of the log of the mean puts its weight
     on exactly those. The draws are separate calls, since a model may share one draw within a batch.
     """
-    if draws == 1:
-        return forward(x).float()
-    total = torch.stack([F.log_softmax(forward(x).float(), 1) for _ in range(draws)])
-    return total.logsumexp(0) - torch.tensor(float(draws)).log().item()
+    return log_mean_probability([forward(x).float() for _ in range(draws)])
+
+
+def log_mean_probability(answers: Sequence[Tensor]) -> Tensor:
+    """The log of the mean class probability over the logits [B,K] of several calls; of a single call, its logits as they are."""
+    if len(answers) == 1:
+        return answers[0]
+    return torch.stack([F.log_softmax(logits, 1) for logits in answers]).logsumexp(0) - math.log(len(answers))
 
 
 def vote_logits(forward: Forward, x: Tensor, draws: int) -> Tensor:
@@ -45,13 +50,16 @@ def vote_logits(forward: Forward, x: Tensor, draws: int) -> Tensor:
     With an odd number of draws a class other than the label wins only if most draws are wrong, so one lucky draw
     never counts as a success.
     """
-    score: Tensor | None = None
-    for _ in range(draws):
-        logits = forward(x).float()
-        vote = F.one_hot(logits.argmax(1), logits.shape[1]) + logits.softmax(1) / draws
-        score = vote if score is None else score + vote
-    assert score is not None, "vote_logits needs at least one draw"
-    return (score / (draws + 1)).log()
+    return tally([forward(x).float() for _ in range(draws)])
+
+
+def tally(answers: Sequence[Tensor]) -> Tensor:
+    """The vote of ``vote_logits`` over the logits [B,K] of several calls."""
+    assert answers, "a vote needs at least one draw"
+    score = torch.zeros_like(answers[0])
+    for logits in answers:
+        score = score + F.one_hot(logits.argmax(1), logits.shape[1]) + logits.softmax(1) / len(answers)
+    return (score / (len(answers) + 1)).log()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Composite(Attack):
         active = self.active(victim, x, goal)
         active.poll_every = 1  # a part is many steps: waiting for the device once is nothing beside attacking fooled images again
         for part in self.parts:
+            part = part if self.stop_when_fooled else replace(part, stop_when_fooled=False)
             x_adv = part.perturb(active.victim.averaging(part.eot_samples), active.x, active.goal, generator)
             active.record(x_adv, *active.query(x_adv, MARGIN))
             if not len(active):

@@ -20,7 +20,10 @@ class SparsePGD(Attack):
     the mask learn too. A sample whose pixels have not changed for ``patience`` steps draws its u afresh. The paper
     uses patience 3, and 10 in training.
 
-    Deviation: the unchanged counter is per sample, so that samples in a batch do not influence one another.
+    Deviations: the unchanged counter is per sample, so that samples in a batch do not influence one another; u moves along a
+    gradient of whatever size, where the authors' code stops below 2e-10. Their attack code takes the margin instead of
+    cross-entropy within .5 of the boundary; neither that nor the margin throughout fooled more images here (set ``loss``).
+    At equal cost the attack often loses to random search; docs/attacks/sparse.md says why, ``GuidedSparseRS`` is the remedy.
     ``num_steps`` of 1 (Fast-LS-l0 takes alpha = beta = 1) is one forward and one backward in training.
     """
 

@@ -7,20 +7,22 @@ original asks for a strict gain), which lets the search drift on plateaus that a
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from amsdn.attacks.base import Attack, Victim, require
 from amsdn.attacks.losses import MARGIN, Goal, Loss
-from amsdn.attacks.patch_attacks import paste
-from amsdn.threats import PatchRegion, SparsePixels, square_mask
+from amsdn.threats import SparsePixels, ThreatModel
 
 State = tuple[Tensor, ...]  # what is searched over, first dimension the samples
 
 # Query (out of 10,000) from which a stage of the schedule holds.
 STAGES = (0, 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-SPARSE_DIVISORS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)
+SPARSE_STAGES = (50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # the last query of each stage but the last, for pixels
+SPARSE_DIVISORS = (2, 4, 5, 6, 8, 10, 12, 15, 20)
 
 
 def stage(query: int, num_queries: int) -> int:
@@ -42,8 +44,8 @@ class _RandomSearch(Attack):
         require(0 < self.alpha_init <= 1, self, "alpha_init must lie in (0, 1]", self.alpha_init)
 
     @abstractmethod
-    def start(self, x: Tensor, generator: torch.Generator) -> State:
-        """A random state for each image."""
+    def start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator) -> State:
+        """A random state for each image; ``threat`` is that of these images."""
 
     @abstractmethod
     def propose(self, state: State, query: int, x: Tensor, generator: torch.Generator) -> State:
@@ -58,7 +60,7 @@ class _RandomSearch(Attack):
         state: State = ()
         best = torch.full((len(x),), -torch.inf, device=x.device)
         for query in range(self.num_queries):
-            new = self.propose(state, query, active.x, generator) if query else self.start(x, generator)
+            new = self.propose(state, query, active.x, generator) if query else self.start(x, active.threat, generator)
             x_adv = self.render(new, active.x)
             loss, logits = active.query(x_adv, self.loss)
             stay = active.record(x_adv, loss, logits)
@@ -74,109 +76,83 @@ class _RandomSearch(Attack):
 
 @dataclass(frozen=True)
 class SparseRS(_RandomSearch):
-    """Sparse-RS for pixels: k positions with colours in {0,1}^3; each query moves and recolours a share of them.
+    """Sparse-RS for pixels: k pixels with colours in {0,1}^3; each query gives up a share of them and draws as many anew.
 
-    The share is ``alpha_init`` / {1, 2, 4, 5, 6, 8, 10, 12, 15, 20} as queries go by, at least one pixel.
-    A state is (positions [B,k] in 0..HW-1, colours [B,3,k]).
+    The share is ``alpha_init`` / {2, 4, 5, 6, 8, 10, 12, 15, 20}, changing after queries 50, 200, 500, 1000, 2000, 4000,
+    6000 and 8000 of 10,000 (rescaled to ``num_queries``), rounded down to whole pixels but at least one. An image costs at
+    most ``num_queries`` forward passes. The authors use ``alpha_init`` .3 (README) and .8 (their code, Sparse AutoAttack).
+
+    As in their code, one draw serves the whole batch: it chooses places in each image's own random order of its pixels.
+    A state is (order [B,HW], whose first k pixels are the changed ones; image [B,3,HW]; k [B]).
+
+    Deviations: ties are accepted; a pixel given up may be drawn again, for a new colour, without which the search ends at the
+    right places with a wrong colour (at k = 1 often); towards a target the loss is the margin, the authors' is cross-entropy.
     """
 
-    k: int = 20
+    k: int = 20  # pixels; a tensor [B] gives one budget per image
     num_queries: int = 10_000
     alpha_init: float = 0.8
     loss: Loss = MARGIN
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(isinstance(self.k, int), self, "k must be one whole number for all images", self.k)
 
     @property
     def threat(self) -> SparsePixels:
         return SparsePixels(self.k)
 
-    def start(self, x: Tensor, generator: torch.Generator) -> State:
-        pixels = x[0, 0].numel()
-        where = _rand((len(x), pixels), x, generator).topk(min(self.k, pixels), dim=1).indices
-        return where, _corner_colours((len(x), 3, where.shape[1]), x, generator)
+    def start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator) -> State:
+        image, pixels = x.flatten(2), x[0, 0].numel()
+        k = torch.as_tensor(threat.budget, device=x.device).long().clamp(max=pixels).expand(len(x))
+        order = torch.rand(len(x), pixels, generator=generator, device=x.device).argsort(dim=1)
+        changed = order.unsqueeze(1).expand(-1, 3, -1)
+        colours = _corner_colours(image.shape, x, generator)
+        first = (torch.arange(pixels, device=x.device) < k.unsqueeze(1)).unsqueeze(1)
+        return order, image.scatter(2, changed, torch.where(first, colours, image.gather(2, changed))), k
 
     def propose(self, state: State, query: int, x: Tensor, generator: torch.Generator) -> State:
-        where, colours = state
-        k, free = where.shape[1], x[0, 0].numel() - where.shape[1]
-        share = self.alpha_init / SPARSE_DIVISORS[stage(query, self.num_queries)]
-        count = max(int(share * k), 1)
-        slots = _rand(where.shape, x, generator).topk(count, dim=1).indices
-        new_colours = _corner_colours((len(x), 3, count), x, generator)
-        colours = colours.scatter(2, slots.unsqueeze(1).expand(-1, 3, -1), new_colours)
-        moved = min(count, free)  # fewer pixels than wanted are free only if k is most of the image
-        if moved:
-            priority = _rand((len(x), k + free), x, generator).scatter_(1, where, -1.0)
-            where = where.scatter(1, slots[:, :moved], priority.topk(moved, dim=1).indices)
-        return where, colours
+        order, image, k = state
+        least, most = (min(bound, order.shape[1]) for bound in self._bounds)
+        share, free = self.alpha_init / sparse_divisor(query, self.num_queries), (order.shape[1] - k).unsqueeze(1)
+        count, few, width = (share * k.double()).long().clamp(min=1).unsqueeze(1), max(int(share * least), 1), max(int(share * most), 1)
+        out = distinct(k, least, most, width, generator)
+        choices = order.shape[1] - most + width, order.shape[1] - least + few  # the share is at most a half: more k, fewer choices
+        into = distinct((free + count).squeeze(1), *choices, width, generator)
+        into = torch.where(into < free, k.unsqueeze(1) + into, out)  # beyond the free pixels lie those just given up
+        nth = torch.arange(width, device=x.device)
+        colours = _corner_colours((len(x), 3, width), x, generator)
+        nth = torch.where(nth < count, nth, 0)  # places beyond an image's own count repeat its first
+        out, into, colours = out.gather(1, nth), into.gather(1, nth), colours.gather(2, nth.unsqueeze(1).expand_as(colours))
+        left, entered = order.gather(1, out), order.gather(1, into)
+        there, here = (pixel.unsqueeze(1).expand(-1, 3, -1) for pixel in (left, entered))
+        image = image.scatter(2, there, x.flatten(2).gather(2, there)).scatter(2, here, colours)
+        return order.scatter(1, out, entered).scatter(1, into, left), image, k
 
     def render(self, state: State, x: Tensor) -> Tensor:
-        where, colours = state
-        return x.flatten(2).scatter(2, where.unsqueeze(1).expand(-1, 3, -1), colours).reshape(x.shape)
+        return state[1].reshape(x.shape)
+
+    @cached_property
+    def _bounds(self) -> tuple[int, int]:
+        """The smallest and the largest budget of the batch; kept, since asking a tensor waits for the device."""
+        low, high = torch.aminmax(torch.as_tensor(self.k))
+        return int(low), int(high)
 
 
-@dataclass(frozen=True)
-class PatchRS(_RandomSearch):
-    """Patch-RS: a square of colours in {0,1}^3, recoloured in random sub-squares, and shifted every fourth query.
+def sparse_divisor(query: int, num_queries: int) -> int:
+    """What the initial share is divided by at ``query`` (0 is the start, which proposes nothing) of ``num_queries``."""
+    rescaled = query * 10_000 // num_queries
+    return SPARSE_DIVISORS[sum(rescaled > last for last in SPARSE_STAGES)]
 
-    A sub-square has side sqrt(share) x size, where the share is ``alpha_init`` halved at each stage of the schedule;
-    a single pixel flips one channel. A shift is uniform within 0.75 x (image side) x (queries left / all).
-    A state is (content [B,3,s,s], corner [B,2] as row and column).
+
+def distinct(below: Tensor, least: int, most: int, width: int, generator: torch.Generator) -> Tensor:
+    """For each row of below [B] a draw of ``width`` different numbers under it, every such sequence as likely, [B,width].
+
+    All rows read the same random order of 0..most-1 and skip what is too large for them, so the cost hardly grows with
+    the batch; ``least`` <= below <= ``most``. A row that offers fewer than ``width`` numbers ends in zeros.
     """
-
-    size: int = 5
-    num_queries: int = 10_000
-    alpha_init: float = 0.4
-    shift_every: int = 4
-    loss: Loss = MARGIN
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.shift_every >= 1, self, "shift_every must be at least 1", self.shift_every)
-
-    @property
-    def threat(self) -> PatchRegion:
-        return PatchRegion(self.size)
-
-    def start(self, x: Tensor, generator: torch.Generator) -> State:
-        corner = torch.stack(self.threat.random_corners(x, generator), 1)
-        content = _corner_colours((len(x), 3, 1, 1), x, generator).expand(-1, -1, self.size, self.size)
-        for side in range(self.size - 1, 0, -1):  # a few blocks of every size: structure at all scales
-            content = self._recolour(content, side, generator)
-        return content, corner
-
-    def propose(self, state: State, query: int, x: Tensor, generator: torch.Generator) -> State:
-        content, corner = state
-        if query % self.shift_every == 0:
-            return content, self._shift(corner, query, x, generator)
-        share = self.alpha_init / 2 ** stage(query, self.num_queries)
-        side = max(round((share * self.size**2) ** 0.5), 1)
-        return (self._recolour(content, side, generator) if side > 1 else self._flip(content, generator)), corner
-
-    def render(self, state: State, x: Tensor) -> Tensor:
-        return paste(x, *state)
-
-    def _recolour(self, content: Tensor, side: int, generator: torch.Generator) -> Tensor:
-        corners = torch.randint(self.size - side + 1, (2, len(content)), generator=generator, device=content.device)
-        colour = _corner_colours((len(content), 3, 1, 1), content, generator)
-        return torch.where(square_mask(corners[0], corners[1], side, content), colour, content)
-
-    def _flip(self, content: Tensor, generator: torch.Generator) -> Tensor:
-        flat = content.flatten(1)
-        value = torch.randint(flat.shape[1], (len(flat), 1), generator=generator, device=flat.device)
-        return flat.scatter(1, value, 1 - flat.gather(1, value)).reshape(content.shape)
-
-    def _shift(self, corner: Tensor, query: int, x: Tensor, generator: torch.Generator) -> Tensor:
-        reach = max(int(0.75 * max(x.shape[2:]) * (1 - query / self.num_queries)), 1)
-        by = torch.randint(-reach, reach + 1, corner.shape, generator=generator, device=corner.device)
-        limit = torch.tensor(x.shape[2:], device=corner.device) - self.size
-        return torch.minimum((corner + by).clamp(min=0), limit)
-
-
-def _rand(shape: tuple[int, ...] | torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=like.device)
+    shared = torch.randperm(most, generator=generator, device=below.device)[: width + most - least]
+    if least == most:
+        return F.pad(shared, (0, width - len(shared))).expand(len(below), -1)
+    fits = shared < below.unsqueeze(1)
+    column = torch.where(fits, (fits.cumsum(1) - 1).clamp(max=width), width)  # the last column takes what is not wanted
+    return column.new_zeros(len(below), width + 1).scatter_(1, column, shared.expand_as(column))[:, :width]
 
 
 def _corner_colours(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:

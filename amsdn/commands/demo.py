@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from amsdn.commands.common import open_data
-from amsdn.commands.measuring import Measured, certify, measure
+from amsdn.commands.measuring import Measured, certify, fitting, measure
 from amsdn.commands.options import parse
 from amsdn.commands.stages import StageRun, run_stage
 from amsdn.data import Dataset
@@ -46,7 +46,7 @@ def run(args: Sequence[str]) -> None:
     for name, folder in models.items():
         _step(f"attack {name}")
         measured = Measured(load_model(folder, device), str(folder), dataset, options.out / name, device)
-        measure(measured, recipe.attacks, recipe.evaluate, recipe.samples, recipe.headline)
+        measure(measured, fitting(recipe.attacks, measured.model), recipe.evaluate, recipe.samples, recipe.headline)
         _step(f"certify {name}")
         certify(measured, recipe.smoothing, recipe.certified_samples, recipe.recheck)
     runs = {name: options.out / name for name in (DEFENDED, CONTROL)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amsdn.commands.common import check_classes, open_data, open_model
-from amsdn.commands.measuring import Measured, choose, measure
+from amsdn.commands.measuring import Measured, choose, fitting, measure
 from amsdn.commands.options import parse, positive, recipe_help, split_recipe
 from amsdn.evaluation.evaluate import EvaluateConfig
 from amsdn.evaluation.report import terminal_table
@@ -40,6 +40,8 @@ def run(args: Sequence[str]) -> None:
     model = open_model(options.model, device)
     dataset = open_data(options.data, options.data_root, options.limit, device, options.image_size)
     check_classes(model, dataset, options.model)
+    if not options.attacks:
+        attacks = fitting(attacks, model)
     measure(Measured(model, options.model, dataset, options.out, device), attacks, options.evaluate, options.samples, recipe.headline)
     print(terminal_table({"this model": options.out}))
     print(f"rows: {options.out / 'eval.jsonl'}\nreport: amsdn report {options.out}")

@@ -17,6 +17,7 @@ from amsdn.evaluation.certification import SmoothedClassifier, SmoothingConfig, 
 from amsdn.evaluation.crosscheck import RecheckConfig, conclude, cross_check, false_alarm_bound, recheck_smoothed
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
 from amsdn.evaluation.run_folder import model_fingerprint
+from amsdn.protocols import detector_of
 from amsdn.records import CertRecord, EvalRecord, canonical, read_records, write_json
 
 
@@ -119,6 +120,11 @@ def update_run_json(
         "stages": stages,
     }
     write_json(path, info)
+
+
+def fitting(attacks: Mapping[str, Attack], model: nn.Module) -> dict[str, Attack]:
+    """The attacks that this model can meet: one without a detector meets none that evades detectors."""
+    return {name: a for name, a in attacks.items() if not a.evades or detector_of(model) is not None}
 
 
 def choose(attacks: Mapping[str, Attack], names: tuple[str, ...]) -> dict[str, Attack]:

@@ -101,11 +101,16 @@ class Outcome:
     x_adv: Tensor
     label: Tensor
     prediction: Tensor
-    correct: Tensor
+    success: Tensor | None  # None: there is no attack
     margin: Tensor
     spent: Tensor
     forwards: Tensor
     backwards: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the prediction is the label. An attack with another goal may fail and still have it wrong."""
+        return self.prediction == self.label
 
 
 @dataclass
@@ -155,7 +160,7 @@ class _Run:
             return clean_outcome(self.model, x, y, chunk)
         result = attack(self.model, x, y, generator=generator(device, self.config.seed, key, chunk[0]))
         return Outcome(
-            x, result.x_adv, y, result.prediction, ~result.success, result.margin, result.spent, result.forwards, result.backwards
+            x, result.x_adv, y, result.prediction, result.success, result.margin, result.spent, result.forwards, result.backwards
         )
 
     @contextmanager
@@ -170,6 +175,7 @@ class _Run:
         local = attack is not None and attack.threat.counts  # "where" has an answer only if a few pixels changed
         scores, detected, localisation = _detection(self.model, outcome, local)
         columns = [getattr(outcome, c).tolist() for c in ("spent", "label", "prediction", "correct", "margin", "forwards", "backwards")]
+        successes = [None] * len(chunk) if outcome.success is None else outcome.success.tolist()
         family, budget = (CLEAN, 0.0) if attack is None else (attack.threat.family, float(attack.threat.budget))
         return [
             EvalRecord(
@@ -189,9 +195,11 @@ class _Run:
                 anomaly_score=score,
                 detected=flag,
                 localisation=where,
+                evades=attack is not None and attack.evades,
+                success=success,
             )
-            for sample_id, spent, label, prediction, correct, margin, forwards, backwards, score, flag, where in zip(
-                chunk, *columns, scores, detected, localisation, strict=True
+            for sample_id, spent, label, prediction, correct, margin, forwards, backwards, score, flag, where, success in zip(
+                chunk, *columns, scores, detected, localisation, successes, strict=True
             )
         ]
 
@@ -215,7 +223,7 @@ def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) 
         )
     zeros = torch.zeros(len(x), device=x.device)
     prediction = logits.argmax(1)
-    return Outcome(x, x, y, prediction, prediction == y, margin(logits, y), zeros, zeros + draws, zeros)
+    return Outcome(x, x, y, prediction, None, margin(logits, y), zeros, zeros + draws, zeros)
 
 
 def _check_answers(model: nn.Module, x: Tensor) -> None:
@@ -234,14 +242,20 @@ def _check_answers(model: nn.Module, x: Tensor) -> None:
 
 @torch.no_grad()
 def _detection(model: nn.Module, outcome: Outcome, local: bool) -> tuple[list[Any], list[Any], list[Any]]:
-    """Anomaly scores, decisions and (for local attacks) localisation of the attacked images; all None without a detector."""
+    """Anomaly scores, decisions and (for local attacks) localisation of the attacked images; all None without a detector.
+
+    A random detector is asked as often as a random classifier: mean score and map, and what most calls decide.
+    """
     nothing: list[Any] = [None] * len(outcome.x)
     detector = detector_of(model)
     if detector is None:
         return nothing, nothing, nothing
-    analysis = detector.analyze(outcome.x_adv)
-    localisation = map_auroc(analysis.anomaly_map, changed_pixels(outcome.x_adv, outcome.x)) if local else nothing
-    return analysis.anomaly_score.tolist(), analysis.detected.tolist(), localisation
+    calls = [detector.analyze(outcome.x_adv) for _ in range(RESCORE_DRAWS if is_stochastic(model) else 1)]
+    scores, alarms, maps = (
+        sum(getattr(call, name).float() for call in calls) / len(calls) for name in ("anomaly_score", "detected", "anomaly_map")
+    )
+    localisation = map_auroc(maps, changed_pixels(outcome.x_adv, outcome.x)) if local else nothing
+    return scores.tolist(), (alarms > 0.5).tolist(), localisation
 
 
 @torch.no_grad()

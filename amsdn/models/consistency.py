@@ -1,8 +1,7 @@
 """Prediction consistency: does the answer survive when parts of the image are covered?
 
 The light mode below asks a few fixed views and averages. It raises the cost of an attack and carries no certificate.
-The verified mode, double masking over the complete covering set (Xiang et al. 2022, PatchCleanser, Algorithm 1), belongs in this
-module too: it reuses ``covering_masks``, which already has the property that its proof needs.
+The verified mode is double masking over the complete covering set: see ``double_masking``.
 """
 
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from amsdn.utils.masking import covering_masks
 
 PATCH_SHARE = 5 / 32  # side of the square that one mask must be able to cover, as a share of the image side
 MASKS_PER_AXIS = 6
@@ -21,29 +22,6 @@ class Consistency(NamedTuple):
 
     logits: Tensor
     agreement: Tensor
-
-
-def axis_spans(length: int, patch: int, masks: int) -> list[tuple[int, int]]:
-    """(start, end) of masks along one axis such that every window of ``patch`` pixels lies inside at least one.
-
-    Mask side m = patch + stride - 1 with stride = ceil((length - patch + 1) / masks), the last mask flush with the border
-    (PatchCleanser, section 3.2). There may be fewer than ``masks`` of them in a small image.
-    """
-    stride = -(-(length - patch + 1) // masks)
-    side = patch + stride - 1
-    starts = sorted({min(i * stride, length - side) for i in range(masks)})
-    return [(start, start + side) for start in starts]
-
-
-def covering_masks(height: int, width: int, patch: int, masks_per_axis: int, device: torch.device | None = None) -> Tensor:
-    """True where a mask covers, [M,1,H,W] bool, row by row; every patch x patch square lies inside at least one mask."""
-    masks = []
-    for top, bottom in axis_spans(height, patch, masks_per_axis):
-        for left, right in axis_spans(width, patch, masks_per_axis):
-            mask = torch.zeros(1, height, width, dtype=torch.bool, device=device)
-            mask[:, top:bottom, left:right] = True
-            masks.append(mask)
-    return torch.stack(masks)
 
 
 def occlusion_masks(samples: int, height: int, width: int, device: torch.device | None = None) -> Tensor:

@@ -211,3 +211,27 @@ def test_an_attack_on_a_random_model_goes_on_until_most_answers_are_wrong() -> N
     result = PGDAttack(epsilon=0.2, alpha=0.01, num_steps=40, random_start=False)(ConfidentMinority().eval(), x, y)
     assert result.success.all()
     assert (result.forwards > 1).all()
+
+
+class Wavering(nn.Module):
+    """Answers wrongly with a probability that grows slowly with the push: 1/2 at 0.1, 95 % at 0.2."""
+
+    stochastic = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = torch.rand(len(x))
+        wrong = 30 * (x.mean((1, 2, 3)) - 0.6) + (u / (1 - u)).log()
+        return torch.stack([torch.zeros_like(wrong), wrong], 1)
+
+
+def test_an_attack_does_not_stop_at_a_lucky_vote() -> None:
+    x, y = torch.full((200, 3, 4, 4), 0.5), torch.zeros(200, dtype=torch.int64)
+    attack = PGDAttack(epsilon=0.2, alpha=0.005, num_steps=40, random_start=False)
+    result = attack(Wavering().eval(), x, y)
+    # A bare majority stops near the coin toss, and about four in ten of the final votes then go the other way.
+    assert result.success.float().mean() > 0.9
+    assert (result.spent > 0.1).float().mean() > 0.9
+    assert result.spent.mean() < 0.16  # and it does stop, where the vote is clear
+    # Where no vote can be that clear, the best image still counts: 23 steps end at a probability of 61 %.
+    unsure = PGDAttack(epsilon=0.115, alpha=0.005, num_steps=23, random_start=False)(Wavering().eval(), x, y)
+    assert unsure.success.float().mean() > 0.6

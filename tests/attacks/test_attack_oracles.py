@@ -93,7 +93,7 @@ def test_sparse_attacks_near_the_optimum_of_a_linear_model(attack: Attack, share
         (PatchPGD(2, 1, move="never", candidates=600, alpha=1.0), 0.9999),
         # Weights without any spatial structure: a move by one pixel meets unrelated content, the worst case for both.
         (Restarts(PatchPGD(2, 40, candidates=10), 12), 0.95),
-        (Restarts(PatchRS(2, 600), 6), 0.85),
+        (Restarts(PatchRS(2, 300), 12), 0.85),
     ],
 )
 def test_patch_attacks_near_the_optimum_of_a_linear_model(attack: Attack, share: float) -> None:

@@ -8,11 +8,13 @@ from attack_toys import Gate, gate_images, images, small_net
 from torch import Tensor, nn
 
 from amsdn.attacks import ATTACKS, Attack, base, make_attack
+from amsdn.attacks.minimal_norm import MinimalNorm
 from amsdn.errors import InputError
 from amsdn.records import config_hash
 
-QUICK = {"num_steps": 6, "num_queries": 40, "tries": 6}
-SINGLE_QUERY = {"fgsm"}
+QUICK = {"num_steps": 6, "num_queries": 40, "tries": 6, "guided_queries": 20}
+SINGLE_QUERY = {"fgsm", "n-fgsm"}
+SEVERAL_GRADIENTS = {"deepfool", "fab", "fab-l1", "fab-l2"}  # one to each class boundary, from one forward pass
 
 
 def quick(name: str) -> Attack:
@@ -91,7 +93,8 @@ def test_finished_samples_leave_and_every_pass_is_counted(name: str) -> None:
     assert (full == full[0]).all()
     if name not in SINGLE_QUERY:
         assert (result.forwards[easy][result.success[easy]] < full[0]).any()
-    assert (result.backwards <= result.forwards).all()
+    if name not in SEVERAL_GRADIENTS:
+        assert (result.backwards <= result.forwards).all()
 
 
 @every_attack
@@ -111,13 +114,17 @@ def test_nothing_leaves_in_training_and_the_model_is_as_before(name: str) -> Non
     net, x = Gate(), gate_images()
     attack = dataclasses.replace(quick(name), stop_when_fooled=False)
     net.w.grad = torch.ones_like(net.w)
-    x_adv = attack.craft(net, x, torch.zeros(len(x), dtype=torch.int64), seeded())
-    assert set(net.seen) == {len(x)}
+    y = torch.zeros(len(x), dtype=torch.int64)
+    x_adv = attack.craft(net, x, y, seeded())
+    assert all(seen % len(x) == 0 for seen in net.seen)  # several where an attack asks about a population of images a sample
     assert net.w.requires_grad
     assert torch.equal(net.w.grad, torch.ones_like(net.w))
     assert attack.threat.contains(x_adv, x).all()
     assert not x_adv.requires_grad
-    assert (x_adv != x).flatten(1).any(1).all()
+    needless = (
+        net(x).argmax(1) != y if isinstance(attack, MinimalNorm) else torch.zeros(len(x), dtype=torch.bool)
+    )  # the smallest change is none
+    assert ((x_adv != x).flatten(1).any(1) | needless).all()
 
 
 @every_attack
@@ -182,7 +189,7 @@ def test_bad_input_is_one_line(name: str) -> None:
 def test_make_attack() -> None:
     assert make_attack("pgd", epsilon=0.1).threat.budget == 0.1
     assert make_attack("sparse-pgd-projected", k=3) == ATTACKS["sparse-pgd"](k=3, projected=True)
-    with pytest.raises(InputError, match="unknown attack 'pdg'; known: fgsm, pgd"):
+    with pytest.raises(InputError, match="unknown attack 'pdg'; known: fgsm, n-fgsm"):
         make_attack("pdg")
     with pytest.raises(InputError, match=r"attack pgd: .*eps"):
         make_attack("pgd", eps=0.1)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from amsdn.attacks.gradient_attacks import PGDAttack
+from amsdn.attacks import EvadeDetector, PGDAttack, Targeted
 from amsdn.errors import InputError
 from amsdn.evaluation.evaluate import RECORDS, EvaluateConfig, evaluate, hash_of
 from amsdn.evaluation.run_folder import model_fingerprint
+from amsdn.evaluation.summary import summarise
 from amsdn.records import EvalRecord, read_records
 
 CONFIG = EvaluateConfig(seed=3, batch_size=4, keep_examples=3)
@@ -62,6 +64,48 @@ def test_a_detector_is_recorded(tmp_path: Path) -> None:
         assert row.anomaly_score == pytest.approx(row.spent / SIDE**2)
         assert row.detected == (row.spent > 0)
         assert row.localisation == (1.0 if row.spent else None)  # the toy map is exactly the changed pixels
+
+
+def test_correct_is_about_the_label_and_success_about_the_attackers_goal(tmp_path: Path) -> None:
+    model = Detecting()
+    split = images(24, model)
+    attacks = {"plain": FlipPixels(20), "towards-1": Targeted(FlipPixels(20), 1), "evade": EvadeDetector(FlipPixels(20))}
+    rows = run(model, split, tmp_path, attacks=attacks)
+    by_name = {name: [r for r in rows if r.attack == name] for name in ("clean", *attacks)}
+    assert all(r.correct == (r.prediction == r.label) for r in rows)
+    assert {(r.success, r.evades) for r in by_name["clean"]} == {(None, False)}
+    assert all(r.success == (not r.correct) and not r.evades for r in by_name["plain"])
+    assert all(r.success == (r.prediction == 1 != r.label) and not r.evades for r in by_name["towards-1"])
+    assert all(r.success == (not r.correct and not r.detected) and r.evades for r in by_name["evade"])
+    for name in ("towards-1", "evade"):  # a failed attack may leave the answer wrong all the same
+        assert any(not r.correct and not r.success for r in by_name[name])
+    found = summarise(rows)["attacks"]
+    assert found["towards-1"]["robust_accuracy"]["successes"] == sum(
+        r.correct and before.correct for r, before in zip(by_name["towards-1"], by_name["clean"], strict=True)
+    )
+    assert found["evade"]["wrong_undetected"]["successes"] == sum(bool(r.success) for r in by_name["evade"])
+    fresh = tmp_path / "resumed"
+    run(model, split, fresh, attacks=attacks)
+    lines = (fresh / RECORDS).read_bytes().splitlines(keepends=True)
+    (fresh / RECORDS).write_bytes(b"".join(lines[:33]) + lines[33][:40])
+    assert run(model, split, fresh, attacks=attacks) == rows
+
+
+def test_a_random_detector_decides_by_most_of_its_calls(tmp_path: Path) -> None:
+    class Unsure(Detecting):
+        stochastic = True
+
+        def analyze(self, x: Tensor) -> SimpleNamespace:
+            score = torch.where(x.mean((1, 2, 3)) > 0.5, 0.8, 0.2)
+            rings = torch.rand(len(x)) < score
+            return SimpleNamespace(logits=self(x), anomaly_score=score, detected=rings, anomaly_map=rings.reshape(-1, 1, 1, 1) * x[:, :1])
+
+    model = Unsure()
+    split = images(20, model)
+    split.images[::2] *= 0.5
+    rows = run(model, split, tmp_path, attacks={})
+    assert [r.detected for r in rows] == (split.images.mean((1, 2, 3)) > 0.5).tolist()
+    assert {r.detected for r in rows} == {True, False}
 
 
 def test_localisation_is_only_asked_of_local_attacks(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Keep the measured tables of docs/ true to results/benchmarks/.
+
+    python scripts/benchmark_tables.py write   redraw them
+    python scripts/benchmark_tables.py check   exit 1 if they differ from what `write` would make
+
+A table stands between ``<!-- NAME: drawn by scripts/benchmark_tables.py -->`` and ``<!-- /NAME -->``. No number is typed by hand.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "results" / "benchmarks"
+
+
+def budgets_table(found: dict[str, Any]) -> str:
+    """Quick against full cascades, one line per model and threat."""
+    lines = [
+        "| model | threat | quick, % standing | full, % standing | broken by full alone | passes an image, quick | full |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, report in found.items():
+        for threat, f in report["threats"].items():
+            quick, full = ("{} + {}".format(*f[key]) for key in ("quick_passes", "full_passes"))
+            lines.append(f"| {name} | {threat} | {f['quick']['text']} | {f['full']['text']} | {f['text']} | {quick} | {full} |")
+        notes.append(
+            f"- {name}: `{report['command']}` at commit {report['commit']}, {report['date']}, {report['hardware']}; "
+            f"{report['samples']} test images, clean {report['clean']['text']}"
+        )
+    return "\n".join([*lines, "", "Passes are mean forwards + backwards, images that were wrong before the attack included.", "", *notes])
+
+
+TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "budgets": ("budgets.json", "docs/attacks/autoattack.md", budgets_table),
+}
+
+
+def pages() -> dict[Path, str]:
+    """Every page that holds a table, with its right content."""
+    found: dict[Path, str] = {}
+    for name, (source, page, draw) in TABLES.items():
+        path, data = ROOT / page, BENCHMARKS / source
+        begin, end = f"<!-- {name}: drawn by scripts/benchmark_tables.py -->", f"<!-- /{name} -->"
+        text = found.get(path, path.read_text())
+        before, mark, rest = text.partition(begin)
+        _, closing, after = rest.partition(end)
+        assert len(mark) * len(closing) > 0, f"{page} has no place for the table {name!r}"
+        table = draw(json.loads(data.read_text())) if data.exists() else "Not measured yet."
+        found[path] = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    return found
+
+
+def main(words: list[str]) -> int:
+    if words == ["write"]:
+        for path, text in pages().items():
+            path.write_text(text)
+        return 0
+    if words == ["check"]:
+        stale = [str(p.relative_to(ROOT)) for p, text in pages().items() if p.read_text() != text]
+        print(f"not what scripts/benchmark_tables.py would write: {', '.join(stale)}" if stale else "tables agree with results/benchmarks")
+        return 1 if stale else 0
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
