@@ -242,7 +242,7 @@ def test_words_that_make_no_sense(args: list[str], says: str, amsdn: Shell, tmp_
 
 
 @pytest.mark.parametrize(
-    "args", [["train", "--loop.epochs", "many"], ["train", "--no-such-field", "1"], ["attack", "pgd", "--attack.epsilon", "1/0"]]
+    "args", [["train", "--loop.epochs", "many"], ["train", "--no-such-field", "1"], ["attack", "pgd", "--epsilon", "1/0"]]
 )
 def test_fields_that_do_not_parse(args: list[str], amsdn: Shell, tmp_path: Path) -> None:
     refused(amsdn(*args), args[-2], "--help")

@@ -25,7 +25,7 @@ def trained(amsdn: Shell, arrays: Path, tmp_path: Path) -> Path:
 
 def test_train_evaluate_certify_report_predict(amsdn: Shell, trained: Path, arrays: Path, tmp_path: Path) -> None:
     model, data, run = trained / "finetune" / "model", f"arrays:{arrays}", trained / "evaluation"
-    names = ["patch-pgd-4", "sparse-pgd-5", "sparse-rs-20"]
+    names = ["patch-pgd-4", "sparse-pgd-5", "apgd-8"]
     evaluated = amsdn("evaluate", "--model", model, "--data", data, "--out", run, "--attacks", *names)
     assert evaluated.code == 0, evaluated
     assert "Clean accuracy" in evaluated.out
