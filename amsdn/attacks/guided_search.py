@@ -82,7 +82,7 @@ class GuidedSparseRS(Attack):
     def _move(self, slope: Tensor, changed: Tensor, k: Tensor, query: int, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Which of the ``changed`` pixels [B,HW] go back to clean, and which are taken instead, [B,HW] each."""
         share = self.alpha_init / sparse_divisor(query, self.num_queries) if query else 1.0
-        count, width = (share * k.double()).long().clamp(min=1), max(int(share * self._most), 1)
+        count, width = (share * k.double()).long().clamp(min=1), max(int(share * min(self._most, x[0, 0].numel())), 1)
         gain = torch.maximum(slope * (1 - x), -slope * x).sum(1).flatten(1)
         appeal = self.power * gain.clamp_min(torch.finfo(gain.dtype).tiny).log()
         given = _largest(torch.rand(gain.shape, generator=generator, device=x.device) + changed.float(), count, width) & changed

@@ -19,16 +19,8 @@ from amsdn.threats import SparsePixels, ThreatModel
 
 State = tuple[Tensor, ...]  # what is searched over, first dimension the samples
 
-# Query (out of 10,000) from which a stage of the schedule holds.
-STAGES = (0, 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 SPARSE_STAGES = (50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # the last query of each stage but the last, for pixels
 SPARSE_DIVISORS = (2, 4, 5, 6, 8, 10, 12, 15, 20)
-
-
-def stage(query: int, num_queries: int) -> int:
-    """The index of the schedule's stage at ``query`` of ``num_queries``, rescaled to 10,000."""
-    rescaled = query * 10_000 // num_queries
-    return sum(rescaled >= start for start in STAGES) - 1
 
 
 class _RandomSearch(Attack):

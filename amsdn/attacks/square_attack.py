@@ -13,8 +13,11 @@ from torch import Tensor
 
 from amsdn.attacks.losses import CROSS_ENTROPY, MARGIN, Goal, Loss
 from amsdn.attacks.patch_attacks import cut, paste
-from amsdn.attacks.search_attacks import State, _RandomSearch, stage
+from amsdn.attacks.search_attacks import State, _RandomSearch
 from amsdn.threats import L2Ball, LinfBall, ThreatModel, square_mask
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # the last proposal of 10,000, counted from 0, before p is halved
+FEW = 200  # queries below which a window of the L2 search grows threefold; at 200 either rule fools as many
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class MarginOrCrossEntropy(Loss):
 class _Square(_RandomSearch):
     """What both norms share. A state is (image [B,3,H,W], eps [B,1,1,1]).
 
-    The side of a window is sqrt(p H W) pixels, where p is ``alpha_init`` (the paper's initial p) halved at each stage of the
-    schedule (queries 10/50/200/500/1000/2000/4000/6000/8000 of 10,000, rescaled). An image costs at most ``num_queries``
-    forward passes.
+    The side of a window is sqrt(p H W) pixels, where p is ``alpha_init`` (the paper's initial p) halved after each of the
+    proposals 10/50/200/500/1000/2000/4000/6000/8000 of 10,000 (rescaled; the first is number 0, as in the authors' code).
+    An image costs at most ``num_queries`` forward passes, the start included.
     """
 
     epsilon: float
@@ -53,7 +56,7 @@ class _Square(_RandomSearch):
 
     def propose(self, state: State, query: int, x: Tensor, generator: torch.Generator) -> State:
         x_adv, eps = state
-        share = self.alpha_init / 2 ** stage(query - 1, self.num_queries)
+        share = self.alpha_init / 2 ** _halvings(query - 1, self.num_queries)
         side = min(max(round((share * x[0, 0].numel()) ** 0.5), 1), *x.shape[2:])
         return self._change(x_adv, x, eps, side, generator), eps
 
@@ -91,7 +94,13 @@ class SquareAttack(_Square):
 
 @dataclass(frozen=True)
 class SquareL2Attack(_Square):
-    """Square for L2: a grid of pulses first; then one window's change moves into another, as a pulse (Algorithm 3)."""
+    """Square for L2: a grid of pulses first; then one window's change moves into another, as a pulse (Algorithm 3).
+
+    Each channel of the window receives the length that this channel had in both windows: so the paper and the authors' first
+    code. AutoAttack's code (and torchattacks') gives each channel that of all three, then scales the whole image back, so
+    a window grows threefold. From 500 queries on this is weaker, at 100 stronger (docs/attacks/square.md has the numbers),
+    so below ``FEW`` queries we do the same.
+    """
 
     epsilon: float = 0.5  # Euclidean length over all pixels and channels; a tensor [B] gives one budget per image
 
@@ -116,10 +125,16 @@ class SquareL2Attack(_Square):
         source_mask = _window(source, side, x)
         both = source_mask | _window(to, side, x)
         free = (eps.square() - delta.square().sum((1, 2, 3), keepdim=True)).clamp_min(0) / 3  # the box cut it off; per channel
-        mass = (free + torch.where(both, delta, 0).square().sum((2, 3), keepdim=True)).sqrt()  # [B,3,1,1]
+        moved = torch.where(both, delta, 0).square().sum((2, 3), keepdim=True)  # [B,3,1,1]
+        mass = (free + (moved.sum(1, keepdim=True) if self.num_queries < FEW else moved)).sqrt()
         pulse = _pulses((len(x), 3), side, x, generator)
         shape = _unit(_unit(cut(delta, to, side)) + pulse)
         return _on_sphere(paste(torch.where(source_mask, 0, delta), shape * mass, to), x, eps)
+
+
+def _halvings(proposal: int, num_queries: int) -> int:
+    """How often p has been halved at a proposal, counted from 0."""
+    return sum(proposal * 10_000 // num_queries > last for last in HALVINGS)
 
 
 def _pulses(shape: tuple[int, ...], side: int, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -45,7 +45,7 @@ def cifar10_cpu() -> Recipe:
                 sparse,
             ),
         ),
-        attacks=quick_suite(patches=(2, 4, 5, 8), pixels=(1, 5, 10, 20), headline=HEADLINE, steps=50, targets=3),
+        attacks=quick_suite(patches=(2, 4, 5, 8), pixels=(1, 5, 10, 20), headline=HEADLINE, steps=100, targets=3),
         headline=HEADLINE,
         samples=200,
         certified_samples=50,

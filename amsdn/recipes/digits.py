@@ -46,7 +46,7 @@ def digits_demo() -> Recipe:
                 sparse,
             ),
         ),
-        attacks=quick_suite(patches=(4, 6, 8), pixels=(5, 10, 20), headline=HEADLINE, steps=20, targets=3),
+        attacks=quick_suite(patches=(4, 6, 8), pixels=(5, 10, 20), headline=HEADLINE, steps=50, targets=3),
         headline=HEADLINE,
         samples=150,
         certified_samples=60,

@@ -31,7 +31,7 @@ def quick_suite(
 ) -> dict[str, Attack]:
     """CPU-sized attacks for these patch sides and pixel counts, and for linf and l2 around their headline budgets.
 
-    ``steps`` gradient steps for patches, twice as many for pixels, 20 for the balls; at the headline budgets the quick
+    ``steps`` gradient steps for patches and pixels, 20 for the balls; at the headline budgets the quick
     cascades, for balls APGD on cross-entropy, then targeted at the ``targets`` nearest classes.
     """
     suite: dict[str, Attack] = {}
@@ -41,7 +41,7 @@ def quick_suite(
     suite[f"patch-autoattack-{side}"] = PatchAutoAttack.quick(side)
     suite[f"patch-evading-{side}"] = EvadeDetector(PatchPGD.racing(side, 100))
     for k in pixels:
-        suite[f"sparse-pgd-{k}"] = SparsePGD(k=k, num_steps=2 * steps)
+        suite[f"sparse-pgd-{k}"] = SparsePGD(k=k, num_steps=steps)
     suite[f"sparse-autoattack-{count}"] = SparseAutoAttack.quick(count)
     suite[f"sparse-evading-{count}"] = EvadeDetector(Cascade((SparsePGD(count, 100), GuidedSparseRS(count, 300))))
     suite[f"apgd-{round(255 * epsilon)}"] = Cascade((APGDAttack(epsilon, 20), APGDTargetedAttack(epsilon, 20, n_targets=targets)))

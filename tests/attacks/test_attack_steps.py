@@ -1,22 +1,14 @@
 """Single steps of the searches: what a proposal may change, and by how much."""
 
-import pytest
 import torch
 from attack_toys import images
 
 from amsdn.attacks import SparsePGD
 from amsdn.attacks.pixel_attacks import _largest
-from amsdn.attacks.search_attacks import stage
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize(("query", "expected"), [(0, 0), (9, 0), (10, 1), (49, 1), (50, 2), (200, 3), (7999, 8), (8000, 9), (9999, 9)])
-def test_schedule_and_its_rescaling(query: int, expected: int) -> None:
-    assert stage(query, 10_000) == expected
-    assert stage(query * 10, 100_000) == expected
 
 
 def test_projected_sparse_pgd_teaches_only_the_pixels_in_use() -> None:

@@ -35,9 +35,9 @@ def test_window_sides_follow_the_schedule(attack: SquareAttack, monkeypatch: pyt
     monkeypatch.setattr(type(attack), "_change", lambda self, x_adv, x, eps, side, generator: seen.append(side) or x_adv)
     x = images(1, 32)
     state = attack.start(x, attack.threat, seeded())
-    for step in (0, 8, 10, 48, 50, 200, 500, 1000, 2000, 4000, 6000, 8000):  # of 10,000
+    for step in (0, 10, 12, 50, 52, 200, 202, 502, 1002, 2002, 4002, 6002, 8002):  # of 10,000, counted from 0: a halving comes after 10
         attack.propose(state, 1 + step // 2, x, seeded())
-    assert seen == [29, 29, 20, 20, 14, 10, 7, 5, 4, 3, 2, 1]
+    assert seen == [29, 29, 20, 20, 14, 14, 10, 7, 5, 4, 3, 2, 1]
 
 
 def test_linf_starts_with_stripes() -> None:
@@ -129,6 +129,24 @@ def test_l2_move_takes_up_what_the_box_cut_off() -> None:
     after = SquareL2Attack(0.5)._change(short, x, eps, 3, seeded())
     torch.testing.assert_close((after - x).flatten(1).norm(dim=1), torch.full((20,), 0.5), rtol=1e-4, atol=0)
     assert changed(after, short).flatten(1).sum(1).max() <= 18  # all of it went into the window
+
+
+@pytest.mark.parametrize("num_queries", [199, 200])
+def test_l2_window_receives_each_channels_length_or_with_few_queries_that_of_all(num_queries: int) -> None:
+    """One move on a perturbation even over the image; what is outside of both windows shrinks by one factor, if at all."""
+    x, eps = inner(40, 12), torch.full((40, 1, 1, 1), 0.5)
+    attack = SquareL2Attack(0.5, num_queries)
+    weights = torch.tensor([1.0, 2.0, 4.0]).reshape(1, 3, 1, 1).expand_as(x)
+    delta = weights * 0.5 / weights[0].norm()  # squared lengths of the channels as 1 : 4 : 16, even over the image
+    after = attack._change(x + delta, x, eps, 5, seeded()) - x
+    kept = (after / delta).flatten(2)
+    factor = kept[:, 2].median(dim=1).values  # over half of the pixels are in neither window
+    outside = ((after / delta - factor.reshape(-1, 1, 1, 1)).abs() < 1e-4).all(1, keepdim=True)
+    assert outside.flatten(1).sum(1).min() >= 12**2 - 2 * 25
+    inside = torch.where(outside, 0, after).square().sum((2, 3)) / factor.square().unsqueeze(1)
+    before = torch.where(outside, 0, delta).square().sum((2, 3))
+    wanted = before.sum(1, keepdim=True).expand_as(before) if num_queries < 200 else before
+    torch.testing.assert_close(inside, wanted, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize(("attack", "share"), [(SquareAttack(0.1, 2000), 0.97), (SquareL2Attack(0.5, 800), 0.45)])

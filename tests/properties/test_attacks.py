@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from amsdn import attacks as a
 from amsdn.attacks import (
     DLR,
     FGSM,
@@ -46,6 +47,26 @@ STRATEGIES: dict[str, st.SearchStrategy[Attack]] = {
     "noise": st.builds(
         RandomNoise, st.one_of(st.builds(LinfBall, epsilons), st.builds(L2Ball, epsilons), counts.map(SparsePixels), sides.map(PatchRegion))
     ),
+    "n-fgsm": st.builds(a.NFGSM, epsilons),
+    "mi-fgsm": st.builds(a.MIFGSM, epsilons, epsilons, steps),
+    "pgd-l1": st.builds(a.PGDL1Attack, st.floats(1e-2, 60), st.floats(1e-2, 20), steps),
+    "apgd": st.builds(a.APGDAttack, epsilons, st.integers(1, 12), losses),
+    "apgd-l2": st.builds(a.APGDL2Attack, st.floats(1e-2, 5), st.integers(1, 12), losses),
+    "apgd-l1": st.builds(a.APGDL1Attack, st.floats(1e-2, 60), st.integers(1, 12), losses),
+    "apgd-t": st.builds(a.APGDTargetedAttack, epsilons, steps),
+    "cw-l2": st.builds(lambda eps: a.CWL2(eps, 5, 2), st.floats(1e-2, 5)),
+    "deepfool": st.builds(a.DeepFool, st.floats(1e-2, 5), steps),
+    "fab": st.builds(a.FABAttack, epsilons, steps),
+    "fab-l2": st.builds(a.FABL2Attack, st.floats(1e-2, 5), steps),
+    "fab-l1-t": st.builds(a.FABTargetedL1Attack, st.floats(1e-2, 60), steps),
+    "square": st.builds(a.SquareAttack, epsilons, st.integers(1, 25)),
+    "square-l2": st.builds(a.SquareL2Attack, st.floats(1e-2, 5), st.integers(1, 25)),
+    "patch-pgd-raced": st.builds(lambda size, n, count: PatchPGD.racing(size, n, count=count), sides, st.integers(1, 9), st.integers(1, 3)),
+    "patch-rs-rectangles": st.builds(lambda h, w, n: PatchRS((h, w), 25, count=n), sides, sides, st.integers(1, 3)),
+    "lavan": st.builds(a.LaVAN, sides, steps),
+    "sparse-rs-guided": st.builds(a.GuidedSparseRS, counts, st.integers(1, 25)),
+    "sigma-zero": st.builds(a.SigmaZero, counts, steps),
+    "few-pixel": st.builds(lambda k, n: a.FewPixelDE(k, 8, n), st.integers(1, 4), steps),
     "restarts": st.builds(lambda k: Restarts(SparsePGD(k, 2), 2), counts),
     "cascade": st.builds(lambda size: Cascade((PatchPGD(size, 2), PatchRS(size, 5))), sides),
 }

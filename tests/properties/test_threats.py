@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from amsdn.threats import L2Ball, LinfBall, PatchRegion, SparsePixels, ThreatModel
+from amsdn.threats import L1Ball, L2Ball, LinfBall, PatchRectangles, PatchRegion, SparsePixels, ThreatModel
 
 quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
 threats = st.one_of(
     st.floats(1e-3, 1.5).map(LinfBall),
     st.floats(1e-2, 10).map(L2Ball),
+    st.floats(1e-2, 200).map(L1Ball),
+    st.builds(PatchRectangles, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3)),
     st.integers(1, 30).map(SparsePixels),
     st.integers(1, 4).map(PatchRegion),
 )
