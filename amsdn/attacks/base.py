@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amsdn.attacks.adaptive import Forward, bpda, expected_logits, frozen, reproducible, vote_logits
-from amsdn.attacks.losses import MARGIN, Goal, Loss, margin
+from amsdn.attacks.losses import MARGIN, Goal, Loss, margin, predicted
 from amsdn.errors import InputError, ThreatViolation
 from amsdn.protocols import Classifier, check_eval_mode, check_images, is_stochastic, surrogate_of
 from amsdn.threats import ThreatModel
@@ -38,7 +38,7 @@ class AttackResult:
 
     x_adv: Tensor  # [B,3,H,W] float32, a member of the threat model around x
     success: Tensor  # [B] bool: the goal is reached on the real model
-    prediction: Tensor  # [B] int64
+    prediction: Tensor  # [B] int64; -1 where the model answers NaN, which counts as wrong
     margin: Tensor  # [B] float32
     spent: Tensor  # [B] float32, in the unit of the threat's budget
     forwards: Tensor  # [B] int64
@@ -311,8 +311,8 @@ class Attack(ABC):
         return AttackResult(
             x_adv=x_adv,
             success=goal.reached(judged),
-            prediction=logits.argmax(1),
-            margin=margin(logits, y),
+            prediction=predicted(logits),
+            margin=torch.nan_to_num(margin(logits, y), nan=torch.finfo(torch.float32).min),
             spent=self.threat.spent(x_adv, x),
             forwards=victim.forwards,
             backwards=victim.backwards,

@@ -29,12 +29,18 @@ class Goal:
         return self.labels >= 0
 
     def reached(self, logits: Tensor) -> Tensor:
-        """Whether the prediction is what the attacker wants, [B] bool."""
-        return (logits.argmax(1) == self.labels) == self.targeted
+        """Whether the prediction is what the attacker wants, [B] bool. Logits with a NaN are no class: wrong, and no target."""
+        answer = predicted(logits)
+        return answer.eq(self.labels) & answer.ge(0) if self.targeted else answer.ne(self.labels)
 
     def select(self, rows: Tensor) -> "Goal":
         """The goal of the samples that the index or mask ``rows`` chooses."""
         return Goal(self.labels[rows], self.targeted)
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class of the largest logit [B]; -1 where a logit is NaN, which is no answer."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -47,25 +47,25 @@ class PatchPGD(Attack):
     candidates: int = 1
     loss: Loss = CROSS_ENTROPY
     count: int = 1  # patches on every image
-    starts: int = 1
+    starts: int | None = 1  # None: a sixth of num_steps, at most 16
     last_alpha: float | None = None  # None: alpha throughout
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.alpha > 0, self, "alpha must be positive", self.alpha)
         require(self.last_alpha is None or self.last_alpha > 0, self, "last_alpha must be positive", self.last_alpha)
-        for name in ("num_steps", "move_every", "stride", "candidates", "count", "starts"):
+        for name in ("num_steps", "move_every", "stride", "candidates", "count"):
             require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require(self.starts is None or self.starts >= 1, self, "starts must be at least 1", self.starts)
         require(self.move in ("random", "full", "never"), self, "move must be random, full or never", self.move)
 
     @classmethod
     def racing(cls, size: Size = 5, num_steps: int = 100, **settings: Any) -> Self:
         """The settings that broke most for their cost in our measurements (docs/attacks/patch.md); the plain ones are the paper's.
 
-        A start needs a few steps to show its worth, so a short run has fewer than the 16 of 100 steps.
+        A start needs a few steps to show its worth, so a short run has fewer of them than the 16 of 100 steps.
         """
-        starts = min(max(num_steps // 6, 1), 16)
-        return cls(size, num_steps, **{"alpha": 0.2, "last_alpha": 0.05, "starts": starts, "candidates": 4, **settings})
+        return cls(size, num_steps, **{"alpha": 0.2, "last_alpha": 0.05, "starts": None, "candidates": 4, **settings})
 
     @property
     def threat(self) -> PatchRegion | PatchRectangles:
@@ -101,9 +101,12 @@ class PatchPGD(Attack):
             done += turns
         return active.conclude(paste(active.x, content[0], corner[0]), self.loss)
 
+    def _first_starts(self) -> int:
+        return min(max(self.num_steps // 6, 1), 16) if self.starts is None else min(self.starts, self.num_steps)
+
     def _rounds(self) -> list[tuple[int, int]]:
         """The race: (starts still in it, gradient steps of each), which use ``num_steps`` steps in all."""
-        racers, left, plan = min(self.starts, self.num_steps), self.num_steps, []
+        racers, left, plan = self._first_starts(), self.num_steps, []
         halvings = racers.bit_length()  # rounds, the last with one start
         share = self.num_steps // halvings
         while racers > 1:
@@ -120,7 +123,7 @@ class PatchPGD(Attack):
     def _first_corners(self, active: ActiveSet, generator: torch.Generator) -> Tensor:
         """Where each start's patches begin, [S,B,n,2] as row and column. Override it to choose other places."""
         threat = PatchRectangles(*sides(self.size))
-        starts = min(self.starts, self.num_steps)
+        starts = self._first_starts()
         if self.candidates == 1:
             several = PatchRectangles(*sides(self.size), count=self.count)
             return torch.stack([several.random_corners(active.x, generator) for _ in range(starts)])

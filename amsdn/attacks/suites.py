@@ -112,23 +112,24 @@ class SparseAutoAttack(Composite):
     k: int = 20  # pixels
     num_steps: int = 10_000  # of each sPGD
     num_queries: int = 10_000  # of Sparse-RS
-    guided_queries: int = 10_000
+    guided_queries: int = 10_000  # of each guided search
+    guided_restarts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_queries", "guided_queries"):
+        for name in ("num_steps", "num_queries", "guided_queries", "guided_restarts"):
             require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
         super().__post_init__()
 
     @classmethod
     def quick(cls, k: int = 20) -> Self:
         """The budget that fits a CPU."""
-        return cls(k, num_steps=50, num_queries=300, guided_queries=1000)
+        return cls(k, num_steps=50, num_queries=300, guided_queries=1000, guided_restarts=3)
 
     @property
     def parts(self) -> Sequence[Attack]:
         draws = self.eot_samples
         return (
-            GuidedSparseRS(self.k, self.guided_queries, eot_samples=draws),
+            Restarts(GuidedSparseRS(self.k, self.guided_queries, eot_samples=draws), self.guided_restarts, eot_samples=draws),
             SparsePGD(self.k, self.num_steps, eot_samples=draws),
             SparsePGD(self.k, self.num_steps, projected=True, eot_samples=draws),
             SparseRS(self.k, self.num_queries, eot_samples=draws),

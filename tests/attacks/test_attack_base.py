@@ -9,7 +9,7 @@ import torch
 from attack_toys import Gate, Linear, gate_images, images, small_net
 from torch import Tensor, nn
 
-from amsdn.attacks import ActiveSet, Attack, Goal, Margin, PGDAttack, SparsePGD, Victim, base
+from amsdn.attacks import ActiveSet, Attack, Goal, Margin, PGDAttack, SparsePGD, SparseRS, Victim, base
 from amsdn.errors import ThreatViolation
 from amsdn.threats import LinfBall, ThreatModel
 
@@ -159,3 +159,27 @@ def test_half_precision_images_are_attacked_in_float32() -> None:
     result = PGDAttack(num_steps=2)(net, x, net(x.float()).argmax(1))
     assert result.x_adv.dtype == torch.float32
     assert re.fullmatch("linf 8/255", PGDAttack().threat.describe())
+
+
+class Overflowing(nn.Module):
+    """Prefers one class, and answers NaN for an image with a white value."""
+
+    def __init__(self, favourite: int) -> None:
+        super().__init__()
+        self.favourite = favourite
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.nn.functional.one_hot(torch.full((len(x),), self.favourite), 3).float() + 0 * x.flatten(1)[:, :3]
+        return torch.where((x >= 0.999).flatten(1).any(1, keepdim=True), torch.nan, logits)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_no_answer_is_a_wrong_answer_whatever_the_label(label: int) -> None:
+    model, x, y = Overflowing(label), images(4, 8, high=0.9), torch.full((4,), label)
+    result = SparseRS(6, 20)(model, x, y)
+    assert result.success.all()
+    assert (result.prediction == -1).all()
+    assert (result.margin < 0).all()
+    targeted = SparseRS(6, 20)(model, x, y, targets=torch.full((4,), 2))
+    assert not targeted.success.any()

@@ -1,5 +1,6 @@
 """Patch attacks against brute force over every place and colour, and the single steps of their searches."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -154,6 +155,12 @@ def test_the_cost_of_a_race_is_that_of_one_start(settings: dict[str, object], fo
     result = attack(net, x, net(x).argmax(1))
     assert (result.forwards == 1 + forwards).all()  # one more for the clean image
     assert (result.backwards == 24).all()
+
+
+def test_a_short_run_races_fewer_starts_however_it_came_about() -> None:
+    long, short = PatchPGD.racing(4), PatchPGD.racing(4, 20)
+    assert dataclasses.replace(long, num_steps=20) == short  # as the command line does
+    assert (long._rounds()[0][0], short._rounds()[0][0], PatchPGD.racing(4, 2)._rounds()[0][0]) == (16, 3, 1)
 
 
 class Spot(nn.Module):
