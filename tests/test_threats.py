@@ -281,3 +281,41 @@ def test_rectangles_must_be_positive_and_fit() -> None:
         with pytest.raises(InputError, match="does not fit images of 8x8"):
             call(GREY)
     assert not PatchRectangles(9, 1, count=2).contains(with_pixels((0, 0), (7, 7)), GREY).any()
+
+
+class _NoUploads:
+    """Stands for functions that make a tensor of a number: on an accelerator such an upload waits for the device."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a number became a tensor")
+
+
+@pytest.mark.parametrize("kind", [LinfBall, L2Ball, L1Ball, SparsePixels])
+def test_projection_takes_numbers_and_budgets_per_image_alike(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, x_adv = torch.rand(2, 4, 3, 8, 8, generator=g)
+    each = kind(torch.full((4,), 2)).project(x_adv, x), kind(torch.full((4,), 2)).sample(x, g.manual_seed(1))
+    monkeypatch.setattr(torch, "as_tensor", _NoUploads())
+    monkeypatch.setattr(torch, "tensor", _NoUploads())
+    torch.testing.assert_close(kind(2).project(x_adv, x), each[0])
+    torch.testing.assert_close(kind(2).sample(x, g.manual_seed(1)), each[1])
+
+
+@pytest.mark.parametrize("kind", [LinfBall, L2Ball, L1Ball, SparsePixels])
+def test_select_does_not_look_at_the_budgets_again(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threat = kind(torch.tensor([1, 2, 3]))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("asks the device for the value of a tensor"))
+    chosen = threat.select(torch.tensor([2, 0]))
+    assert type(chosen) is kind
+    assert chosen.budget.tolist() == [3, 1]
+    assert threat.budget.tolist() == [1, 2, 3]
+    assert kind(2).select(torch.tensor([1])) == kind(2)
+
+
+@pytest.mark.parametrize("kind", [LinfBall, L2Ball, L1Ball, SparsePixels])
+def test_budgets_are_checked_when_given(kind: Any) -> None:
+    for budget in (0, -1, float("nan"), torch.tensor([1.0, 0.0]), torch.tensor([1.0, float("nan")])):
+        with pytest.raises(InputError, match="must be positive"):
+            kind(budget)
+    assert kind(float("inf")).bounded is kind(torch.tensor([1.0, float("inf")])).bounded is False
+    assert kind(2).bounded is kind(torch.tensor([1, 2])).bounded is True

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import ActiveSet, Attack, Victim, require
+from amsdn.attacks.base import ActiveSet, Attack, Victim, require, require_bounded
 from amsdn.attacks.losses import CROSS_ENTROPY, MARGIN, TARGETED_DLR, Goal, Loss, Towards
 from amsdn.threats import L1Ball, L2Ball, LinfBall, NormBall
 
@@ -30,6 +30,7 @@ class _APGD(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_steps >= 1, self, "num_steps must be at least 1", self.num_steps)
+        require_bounded(self)
 
     @property
     @abstractmethod
@@ -323,6 +324,10 @@ class _EveryTarget(_APGD):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.n_targets >= 1, self, "n_targets must be at least 1", self.n_targets)
+        told = type(self.loss).__name__
+        require(
+            self.loss.tells_classes, self, "loss must depend on the class that is tried, as TargetedDLR does (see Loss.tells_classes)", told
+        )
 
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         if goal.targeted:

@@ -258,6 +258,11 @@ class Attack(ABC):
         """Whether the goal includes staying undetected by the model's own detector."""
         return False
 
+    @property
+    def randomised(self) -> bool:
+        """Whether another seed gives another search, so that restarts are worth their cost."""
+        return True
+
     @abstractmethod
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         """x [B,3,H,W] -> attacked images [B,3,H,W], all members of ``threat`` around x; x is left as it is."""
@@ -268,6 +273,7 @@ class Attack(ABC):
 
         The caller puts the model into eval mode. Parameters keep their gradients and whether they want any.
         """
+        _check_budget(self.threat.budget, x, type(self).__name__)
         x, y, generator = x.detach().float(), y.long(), on_device(generator, x)
         victim = self.victim_of(model, y)
         goal = self.goal_of(y, None, lambda: victim.logits(x), generator)
@@ -289,6 +295,7 @@ class Attack(ABC):
         check_images(x, where)
         check_eval_mode(model, where)
         x = x.detach().float()
+        _check_budget(self.threat.budget, x, where)
         _check_indices(y, x, where, "labels")
         if targets is not None:
             _check_indices(targets, x, where, "targets")
@@ -363,12 +370,22 @@ def require(condition: bool, attack: object, what: str, value: object) -> None:
         raise InputError(f"{type(attack).__name__}: {what}, got {value}")
 
 
+def require_bounded(attack: Attack) -> None:
+    """Raise InputError about a budget without end, for an attack whose search is laid out by its size."""
+    require(attack.threat.bounded, attack, "the budget must be finite (minimal-norm attacks take math.inf)", attack.threat.describe())
+
+
 def on_device(generator: torch.Generator | None, x: Tensor) -> torch.Generator:
     """A generator that draws on x's device: the given one, a child of it where it lives elsewhere, or seed 0."""
     if generator is not None and generator.device.type == x.device.type:
         return generator
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return torch.Generator(device=x.device).manual_seed(seed)
+
+
+def _check_budget(budget: float | Tensor, x: Tensor, where: str) -> None:
+    if isinstance(budget, Tensor) and budget.shape != x.shape[:1]:
+        raise InputError(f"{where}: budgets {list(budget.shape)} for {len(x)} images; pass one number, or a tensor of one per image")
 
 
 def _check_indices(classes: Tensor, x: Tensor, where: str, what: str) -> None:

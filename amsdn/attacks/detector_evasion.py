@@ -35,7 +35,7 @@ class Sight:
     """
 
     analyze: Callable[[Tensor], Analysis]
-    threshold: Tensor | None
+    threshold: Tensor | None  # where the answers are
     scale: float
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Sight:
             step = torch.where(analysis.detected, 1.0, -2.0) + analysis.anomaly_score.float()  # in [1,2] or [-2,-1]
             excess = with_slope(step, odds)
         else:
-            excess = odds - _logit(self.threshold.to(odds.device))
+            excess = odds - _logit(self.threshold)
         top = logits.amax(1)
         detection = top + self.scale * excess
         high, low = (torch.nextafter(top, torch.full_like(top, bound)) for bound in (torch.inf, -torch.inf))
@@ -168,7 +168,12 @@ def _scaled(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class EvadingVictim(Victim):
-    """A detecting model as an attacker sees it who must not be detected. ``value`` and ``differentiable`` are as ``Sight``."""
+    """A detecting model as an attacker sees it who must not be detected. ``value`` and ``differentiable`` are as ``Sight``.
+
+    The rule decides on ``gradient`` alone. ``gradients``, for attacks that walk to a boundary, stays that of the folded
+    logits: a plane needs the value and the gradient of one function. Where the class is wrong and the alarm rings, its
+    boundary to the class in front is the alarm's threshold itself, so that is where such an attack then goes.
+    """
 
     labels: Tensor  # [N] of the original batch
     rule: GradientRule
@@ -181,7 +186,8 @@ class EvadingVictim(Victim):
         detector = detector_of(model)
         if detector is None:
             raise InputError("EvadeDetector: the model has no detector (see amsdn.protocols.Detector); run the attack inside it instead")
-        value = Sight(detector.analyze, threshold_of(model), scale)
+        threshold = threshold_of(model)
+        value = Sight(detector.analyze, None if threshold is None else threshold.to(y.device), scale)
         surrogate = surrogate_of(model) if isinstance(model, nn.Module) else None
         differentiable, cost = _trusted(value, surrogate)
         forwards, backwards, rows = fresh_counts(len(y), y.device)
@@ -264,8 +270,9 @@ class EvadeDetector(Wrapper):
     """``attack``, for the goal "fooled and not detected"; targeted alike. Raises InputError for a model without a detector.
 
     Gradient attacks follow ``gradients``: ``selective``, ``orthogonal`` or ``joint`` (see the rules of these names); search
-    attacks and the comparison of steps use the folded loss under each. ``scale`` weighs the detector's log-odds against the
-    logits in that loss. One pass gives classes and detection; ``orthogonal`` takes a second backward pass.
+    attacks and the comparison of steps use the folded loss under each. DeepFool and FAB, also inside AutoAttack, walk to the
+    boundaries of the folded logits whatever ``gradients`` says (see ``EvadingVictim``). ``scale`` weighs the detector's log-odds
+    against the logits in that loss. One pass gives classes and detection; ``orthogonal`` takes a second backward pass.
     The result's ``success`` means wrong (or the target) and undetected on the real model, its ``prediction`` is the class.
     """
 

@@ -5,7 +5,6 @@ within the unit box, exactly, and goes to a point between the two projections, b
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,10 @@ from amsdn.attacks.minimal_norm import SmallestSet, boundaries
 
 @dataclass(frozen=True)
 class _FAB(PlaneNorm):
-    """The loop of one run (Algorithm 1), the random starts and the final search; subclasses say which runs, towards what."""
+    """The loop of one run (Algorithm 1), the random starts and the final search; subclasses say which runs, towards what.
+
+    A run has a ``rank``: with a ranking [B,R] of each sample's rivals there are R, towards one column after the other.
+    """
 
     epsilon: float
     num_steps: int = 100
@@ -39,39 +41,45 @@ class _FAB(PlaneNorm):
         require(self.final_steps >= 0, self, "final_steps must not be negative", self.final_steps)
 
     @abstractmethod
-    def _runs(self, active: SmallestSet) -> Iterator[Tensor | None]:
-        """The rivals [B] of each run on the samples that are left; None for a run that meets all boundaries at once."""
+    def _ranking(self, active: SmallestSet) -> Tensor | None:
+        """Each sample's rivals [B,R] in the order of the runs; None for a single run that meets all boundaries at once."""
 
     @abstractmethod
     def _boundaries(self, logits: Tensor, goal: Goal, rivals: Tensor | None) -> Tensor:
         """logits [B,K] -> [M,B]: what becomes positive across each boundary that a run looks at."""
 
+    @property
+    def randomised(self) -> bool:
+        return self.n_restarts > 1
+
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         active = self.active(victim, x, goal)
-        for rivals in self._runs(active):
+        ranking = self._ranking(active)
+        for rank in range(1 if ranking is None else ranking.shape[1]):
             for restart in range(self.n_restarts):
                 if len(active):
                     start = self._random_start(active, generator) if restart else active.x
-                    rivals = self._walk(active, rivals, start)
+                    ranking = self._walk(active, ranking, rank, start)
         if len(active) and self.final_steps:
             self._final_search(active)
         return active.result()
 
-    def _walk(self, active: SmallestSet, rivals: Tensor | None, x_adv: Tensor) -> Tensor | None:
-        """One run from x_adv [B,3,H,W]; returns the rivals of the samples that are left."""
+    def _walk(self, active: SmallestSet, ranking: Tensor | None, rank: int, x_adv: Tensor) -> Tensor | None:
+        """The run of this rank from x_adv [B,3,H,W]; returns the ranking of the samples that are left."""
         for _ in range(self.num_steps):
+            rivals = None if ranking is None else ranking[:, rank]
             normals, values, _ = active.victim.gradients(x_adv, lambda logits, r=rivals: self._boundaries(logits, active.goal, r))  # type: ignore[misc]
             x_adv = self._step(x_adv, active.x, normals, values)
             score, logits = active.query(x_adv, MARGIN)
             fooled = active.goal.reached(logits)
             stay = active.record(x_adv, score, logits)
             if stay is not None:
-                rivals = None if rivals is None else rivals[stay]
+                ranking = None if ranking is None else ranking[stay]
                 if not len(active):
                     break
                 x_adv, fooled = x_adv[stay], fooled[stay]
             x_adv = torch.where(fooled.reshape(-1, 1, 1, 1), active.x + self.beta * (x_adv - active.x), x_adv)
-        return rivals
+        return ranking
 
     def _step(self, x_adv: Tensor, x: Tensor, normals: Tensor, values: Tensor) -> Tensor:
         """The biased step (eqs. 8 to 10) for x_adv, x [B,3,H,W], normals [M,B,3,H,W] and values [M,B] of the boundaries at x_adv."""
@@ -134,8 +142,8 @@ class _Nearest(_FAB):
         super().__post_init__()
         require(self.n_classes >= 2, self, "n_classes must be at least 2", self.n_classes)
 
-    def _runs(self, active: SmallestSet) -> Iterator[None]:
-        yield None
+    def _ranking(self, active: SmallestSet) -> None:
+        return None
 
     def _boundaries(self, logits: Tensor, goal: Goal, rivals: Tensor | None) -> Tensor:
         return boundaries(logits, goal, self.n_classes - 1)
@@ -145,8 +153,9 @@ class _Nearest(_FAB):
 class _Targeted(_FAB):
     """FAB-T: a run for each of the ``n_targets`` classes that are best at the clean image, each towards that class alone.
 
-    Any misclassification counts. A step costs two forwards and one backward pass whatever the number of classes. For a
-    targeted goal there is one run, to the boundary between the target and the best other class.
+    Any misclassification counts. The classes are ranked once, for one forward; a step costs two forwards and one backward
+    pass whatever the number of classes. For a targeted goal there is one run, to the boundary between the target and the
+    best other class.
     """
 
     n_targets: int = 9
@@ -155,18 +164,11 @@ class _Targeted(_FAB):
         super().__post_init__()
         require(self.n_targets >= 1, self, "n_targets must be at least 1", self.n_targets)
 
-    def _runs(self, active: SmallestSet) -> Iterator[Tensor | None]:
+    def _ranking(self, active: SmallestSet) -> Tensor | None:
         if active.goal.targeted:
-            yield None
-            return
-        rank = 0
-        while len(active) and rank < self.n_targets:
-            logits = active.victim.logits(active.x)  # asked again rather than carried along while samples leave
-            rivals = logits.scatter(1, active.goal.labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True, stable=True)
-            if rank == logits.shape[1] - 1:
-                return
-            yield rivals[:, rank]
-            rank += 1
+            return None
+        others = active.victim.logits(active.x).scatter(1, active.goal.labels.unsqueeze(1), -torch.inf)
+        return others.argsort(dim=1, descending=True, stable=True)[:, : min(self.n_targets, others.shape[1] - 1)]
 
     def _boundaries(self, logits: Tensor, goal: Goal, rivals: Tensor | None) -> Tensor:
         if rivals is None:

@@ -22,6 +22,10 @@ class FGSM(Attack):
     def threat(self) -> LinfBall:
         return LinfBall(self.epsilon)
 
+    @property
+    def randomised(self) -> bool:
+        return False
+
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         gradient, _, _ = victim.gradient(x, lambda logits: self.loss(logits, goal))
         budget = torch.as_tensor(self.threat_on(victim).budget, device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
@@ -79,6 +83,10 @@ class _PGD(Attack):
     @property
     @abstractmethod
     def threat(self) -> NormBall: ...
+
+    @property
+    def randomised(self) -> bool:
+        return self.random_start
 
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         active = self.active(victim, x, goal)

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import Attack, Victim, require
+from amsdn.attacks.base import Attack, Victim, require, require_bounded
 from amsdn.attacks.losses import MARGIN, Goal, Loss
 from amsdn.attacks.pixel_attacks import _largest
 from amsdn.attacks.search_attacks import sparse_divisor
@@ -48,6 +48,7 @@ class GuidedSparseRS(Attack):
             require(0 <= getattr(self, name) <= 1, self, f"{name} must lie in [0, 1]", getattr(self, name))
         require(self.power >= 0, self, "power must not be negative", self.power)
         require(0 < self.alpha_init <= 1, self, "alpha_init must lie in (0, 1]", self.alpha_init)
+        require_bounded(self)
 
     @property
     def threat(self) -> SparsePixels:

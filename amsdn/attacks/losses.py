@@ -5,6 +5,7 @@ Each is a frozen dataclass, so that it can be part of an attack's configuration 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Loss(ABC):
     """A per-sample loss; greater is nearer to the attacker's goal."""
+
+    tells_classes: ClassVar[bool] = False  # whether it depends on which class a ``Towards`` goal tries
 
     @abstractmethod
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
@@ -143,6 +146,8 @@ class TargetedDLR(Loss):
     The goal is a ``Towards``, whose class t is fixed while only misclassification counts. Below four classes the
     difference z_t - z_y itself is used. Any other goal gets the DLR loss (Margin where there are too few classes).
     """
+
+    tells_classes: ClassVar[bool] = True
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
         if not isinstance(goal, Towards):

@@ -100,6 +100,7 @@ class MaskingAwarePatch(Attack):
         self, plans: list["_Plan"], views: "_Views", victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator
     ) -> Tensor:
         active = self.active(victim, x, goal)
+        active.poll_every = 1  # a record comes after many steps: waiting for the device is nothing beside steps on fooled images
         x_adv = x
         for number in range(len(plans)):
             content = torch.rand(len(active), 3, *sides(self.size), generator=generator, device=x.device)

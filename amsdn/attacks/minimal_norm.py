@@ -93,6 +93,10 @@ class MinimalNorm(Attack):
     the base class rescores like any other; where nothing adversarial was found, the projection of the best-scored image.
     """
 
+    @property
+    def randomised(self) -> bool:
+        return False
+
     def active(self, victim: Victim, x: Tensor, goal: Goal) -> SmallestSet:
         """A fresh set of the given samples that keeps the smallest adversarial images."""
         return SmallestSet(victim, x, goal, self.threat_on(victim), drop=self.stop_when_fooled)

@@ -105,13 +105,14 @@ class Draws:
         """The window's top-left corner, row and column, [N,2] int64. Raises InputError where it does not fit."""
         if self.size > min(height, width):
             raise InputError(f"a patch of {self.size} px does not fit images of {height}x{width}; choose a smaller size")
-        room = torch.tensor([height - self.size, width - self.size], device=self.place.device)
-        if self.fixed is None:
-            return torch.minimum((self.place * (room + 1)).long(), room)  # the product may round up to room + 1
+        rooms = (height - self.size, width - self.size)
+        if self.fixed is None:  # the product may round up to room + 1
+            free = [(share * (room + 1)).long().clamp(max=room) for share, room in zip(self.place.unbind(1), rooms, strict=True)]
+            return torch.stack(free, 1)
         row, column = self.fixed
-        if row > height - self.size or column > width - self.size:
+        if row > rooms[0] or column > rooms[1]:
             raise InputError(f"a patch of {self.size} px at {self.fixed} does not fit images of {height}x{width}; choose another place")
-        return torch.tensor([row, column], device=self.place.device).expand(len(self.place), 2)
+        return torch.stack([torch.full_like(self.place[:, 0], at, dtype=torch.int64) for at in self.fixed], 1)
 
 
 @dataclass(frozen=True)
@@ -287,10 +288,11 @@ def _homography(draws: Draws) -> Tensor:
     def seen(x: Tensor, y: Tensor) -> Tensor:  # a direction in the plane after both tilts
         return torch.stack([x * cos_v, y * cos_h + x * sin_v * sin_h, y * sin_h - x * sin_v * cos_h], 1)
 
-    centre = torch.tensor([0.0, 0.0, DISTANCE], device=cos_r.device).expand(len(cos_r), 3)
-    camera = torch.stack([seen(cos_r, sin_r), seen(-sin_r, cos_r), centre], 2)
-    corners = torch.tensor([[-1.0, -1, 1, 1], [-1, 1, -1, 1], [1, 1, 1, 1]], device=cos_r.device)
-    image = (camera.unsqueeze(3) * corners).sum(2)
+    nowhere = torch.zeros_like(cos_r)
+    across, up, centre = seen(cos_r, sin_r), seen(-sin_r, cos_r), torch.stack([nowhere, nowhere, nowhere + DISTANCE], 1)
+    camera = torch.stack([across, up, centre], 2)
+    left, right = centre - across, centre + across
+    image = torch.stack([left - up, left + up, right - up, right + up], 2)  # where the corners are seen
     low, high = (image[:, :2] / image[:, 2:]).aminmax(dim=2)
     middle, half = (low + high) / 2, (high - low) / 2
     zoom = (draws.scale / half.amax(1)).unsqueeze(1)

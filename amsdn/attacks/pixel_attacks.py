@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import Attack, Victim, require
+from amsdn.attacks.base import Attack, Victim, require, require_bounded
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal, Loss
 from amsdn.threats import SparsePixels, unit_length
 
@@ -41,6 +41,7 @@ class SparsePGD(Attack):
             require(getattr(self, name) > 0, self, f"{name} must be positive", getattr(self, name))
         for name in ("num_steps", "patience"):
             require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_bounded(self)
 
     @property
     def threat(self) -> SparsePixels:

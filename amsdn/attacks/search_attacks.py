@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amsdn.attacks.base import Attack, Victim, require
+from amsdn.attacks.base import Attack, Victim, require, require_bounded
 from amsdn.attacks.losses import MARGIN, Goal, Loss
 from amsdn.threats import SparsePixels, ThreatModel
 
@@ -85,6 +85,10 @@ class SparseRS(_RandomSearch):
     num_queries: int = 10_000
     alpha_init: float = 0.8
     loss: Loss = MARGIN
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_bounded(self)
 
     @property
     def threat(self) -> SparsePixels:

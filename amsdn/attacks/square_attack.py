@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amsdn.attacks.base import require_bounded
 from amsdn.attacks.losses import CROSS_ENTROPY, MARGIN, Goal, Loss
 from amsdn.attacks.patch_attacks import cut, paste
 from amsdn.attacks.search_attacks import State, _RandomSearch
@@ -41,6 +42,10 @@ class _Square(_RandomSearch):
     num_queries: int = 5000
     alpha_init: float = 0.8
     loss: Loss = MarginOrCrossEntropy()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_bounded(self)
 
     @abstractmethod
     def _first(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,17 +84,16 @@ class SquareAttack(_Square):
 
     def _first(self, x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
         stripes = _signs((*x.shape[:2], 1, x.shape[3]), x, generator)
-        return LinfBall(eps.flatten()).project(x + eps * stripes, x)
+        return (x + eps * stripes).clamp(0, 1)
 
     def _change(self, x_adv: Tensor, x: Tensor, eps: Tensor, side: int, generator: torch.Generator) -> Tensor:
         window = _window(_corners(x, side, generator), side, x)
         colour = _signs((*x.shape[:2], 1, 1), x, generator)
         flip = torch.randint(1, 8, (len(x), 1), generator=generator, device=x.device)  # any but none of the three channels
         other = colour * (1 - 2 * (flip >> torch.arange(3, device=x.device) & 1)).reshape(-1, 3, 1, 1)
-        threat = LinfBall(eps.flatten())
-        same = (torch.where(window, threat.project(x + eps * colour, x), x_adv) == x_adv).flatten(1).all(1)
+        same = (torch.where(window, (x + eps * colour).clamp(0, 1), x_adv) == x_adv).flatten(1).all(1)
         colour = torch.where(same.reshape(-1, 1, 1, 1), other, colour)
-        return torch.where(window, threat.project(x + eps * colour, x), x_adv)
+        return torch.where(window, (x + eps * colour).clamp(0, 1), x_adv)
 
 
 @dataclass(frozen=True)

@@ -123,19 +123,18 @@ class AdvPatch(Attack):
         where = "AdvPatch.fit"
         check_images(images, where)
         check_eval_mode(model, where)
-        if labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise InputError(f"{where}: labels must be whole numbers [{len(images)}], got {labels.dtype} {list(labels.shape)}")
+        _check_labels(images, labels, where)
         if self.target_class is not None:
             keep = labels != self.target_class
             images, labels = images[keep], labels[keep]
             require(len(images) > 0, self, "images of other classes than the target are needed, target_class", self.target_class)
         images, labels, generator = images.detach().float(), labels.long(), on_device(generator, images)
         victim = Victim.of(model, len(images), images.device, self.eot_samples)
-        _check_classes(victim, images, labels, self.target_class)
         with ExitStack() as stack:
             stack.enter_context(frozen(*victim.modules))
             if victim.stochastic:
                 stack.enter_context(reproducible(images, generator))
+            _check_classes(victim, images, labels, self.target_class, where)
             goal = self._aim(Goal(labels))
             content = self._learn(victim, images, goal, min(self.batch_size, len(images)), generator, progress)
         return UniversalPatch(content.cpu(), canonical(self))
@@ -167,9 +166,15 @@ class AdvPatch(Attack):
             leaf = content.clone().requires_grad_(True)
             with torch.enable_grad():
                 shown = apply(x, leaf, self.transformations.sample(len(x), self.size, generator))
-            at_image, loss, _ = victim.gradient(shown.detach(), lambda logits: self.loss(logits, goal))
+            at_image, loss, _ = victim.gradient(shown.detach(), lambda logits: self._reward(logits, goal))
             total = total + torch.autograd.grad(shown, leaf, at_image)[0]
         return total, loss
+
+    def _reward(self, logits: Tensor, goal: Goal) -> Tensor:
+        """The loss [B] of logits [B,K]; raises InputError where ``target_class`` is none of the K classes."""
+        classes = logits.shape[1]
+        require(self.target_class is None or self.target_class < classes, self, f"target_class must be below {classes}", self.target_class)
+        return self.loss(logits, goal)
 
 
 @dataclass(frozen=True)
@@ -250,18 +255,22 @@ def success_rate(
 
     ``size`` is the side in pixels at which it is shown, its own by default. Brown et al. count every draw whose
     prediction is the target; here an image the model gets wrong anyway, or of the target class, counts for neither rate.
+    Raises InputError for a model in train mode and for unusable images, labels or target.
     """
     where = "success_rate"
     check_images(images, where)
     check_eval_mode(model, where)
+    _check_labels(images, labels, where)
     if draws < 1 or batch_size < 1:
         raise InputError(f"{where}: draws and batch_size must be at least 1, got {draws} and {batch_size}")
     generator = on_device(generator, images)
     patch, size = patch.to(images.device), size or patch.shape[-1]
     parts: list[tuple[Tensor, ...]] = []
     with ExitStack() as stack, tqdm(total=len(images) * draws, desc="patched", unit="image", disable=not progress) as bar:
-        if Victim.of(model, 1, images.device).stochastic:
+        whole = Victim.of(model, len(images), images.device)
+        if whole.stochastic:
             stack.enter_context(reproducible(images, generator))
+        _check_classes(whole, images.detach().float(), labels, target, where)
         for x, y in zip(images.detach().float().split(batch_size), labels.long().split(batch_size), strict=True):
             victim = Victim.of(model, len(x), x.device)
             fooled, hit = torch.zeros(2, len(x), device=x.device)
@@ -280,6 +289,7 @@ def worst_of_draws(
     active: ActiveSet, content: Tensor, size: int, transformations: Transformations, tries: int, generator: torch.Generator
 ) -> Tensor:
     """Each image of ``active`` with the same patch under the worst, by margin, of ``tries`` transformations, [B,3,H,W]."""
+    active.poll_every = 1  # tries are few: each on images that are fooled already costs more than a look
     for _ in range(tries):
         x_adv = apply(active.x, content, transformations.sample(len(active), size, generator))
         active.record(x_adv, *active.query(x_adv, MARGIN))
@@ -307,9 +317,19 @@ def _answer(victim: Victim, x: Tensor) -> Tensor:
     return (victim.vote(x) if victim.stochastic else victim.logits(x)).argmax(1)
 
 
-def _check_classes(victim: Victim, images: Tensor, labels: Tensor, target: int | None) -> None:
+def _check_labels(images: Tensor, labels: Tensor, where: str) -> None:
+    """Raise InputError unless labels are one whole number for each image, where the images are."""
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.device != images.device:
+        raise InputError(
+            f"{where}: labels must be whole numbers [{len(images)}] on {images.device}, "
+            f"got {labels.dtype} {list(labels.shape)} on {labels.device}; pass one class index per image"
+        )
+
+
+def _check_classes(victim: Victim, images: Tensor, labels: Tensor, target: int | None, where: str) -> None:
     """Raise InputError if a label or the target is none of the model's classes; asks the model for one image."""
     classes = victim.select(torch.arange(1, device=images.device)).averaging(1).logits(images[:1]).shape[1]
-    worst = max(int(labels.max()), target or 0)
-    if worst >= classes or int(labels.min()) < 0:
-        raise InputError(f"AdvPatch.fit: class {worst if worst >= classes else int(labels.min())} is outside the {classes} classes")
+    asked = [int(labels.min()), int(labels.max()), *([] if target is None else [target])]
+    wrong = [c for c in asked if not 0 <= c < classes]
+    if wrong:
+        raise InputError(f"{where}: class {wrong[0]} is outside the {classes} classes; check the labels and the target")

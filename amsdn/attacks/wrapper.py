@@ -30,6 +30,10 @@ class Wrapper(Attack):
         return self.attack.evades
 
     @property
+    def randomised(self) -> bool:
+        return self.attack.randomised
+
+    @property
     def part(self) -> Attack:
         """The attack with the wrapper's settings, where it has any."""
         draws = self.attack.eot_samples if self.eot_samples == Attack.eot_samples else self.eot_samples

@@ -1,10 +1,12 @@
 """``amsdn attack``: one attack against one model, keeping the attacked images."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 import tyro
 
 from amsdn.attacks import Attack
@@ -12,7 +14,7 @@ from amsdn.attacks.detector_evasion import EvadeDetector
 from amsdn.attacks.registry import ATTACKS
 from amsdn.attacks.targeting import CHOICES, Choice, Targeted
 from amsdn.attacks.wrapper import Wrapper
-from amsdn.commands.common import check_classes, open_data, open_model
+from amsdn.commands.common import check_classes, find_class, open_data, open_model
 from amsdn.commands.measuring import Measured, measure
 from amsdn.commands.options import parse, positive
 from amsdn.errors import InputError
@@ -37,9 +39,9 @@ class AttackOptions:
     limit: int | None = None  # use at most this many images of every split
     image_size: int | None = None  # pixels a side; default: the data set's own
     samples: int = 100  # how many test images to attack
-    target: str | None = None  # towards next, random, least-likely, runner-up or a class number; default: any wrong class
+    target: str | None = None  # next, random, least-likely, runner-up, or one class by name or number; default: any wrong class
     evade: Literal["selective", "orthogonal", "joint"] | None = None  # stay below the model's detector too, with these gradients
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig(keep_examples=1000)
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -56,14 +58,17 @@ def run(args: Sequence[str]) -> None:
     description = f"Run {name} and keep the attacked images.\n\nExample: {EXAMPLE.replace('sparse-autoattack --k 20', name)}"
     options = parse(AttackOptions(attack=ATTACKS[name]()), rest, f"attack {name}", description)
     positive(options.samples, "--samples")
-    attack = _with_goal(options)
+    budget = float(options.attack.threat.budget)
+    if not math.isfinite(budget):
+        raise InputError("an unlimited budget cannot be put into a report; give a finite one, or call the attack from Python")
     device = pick_device(options.device)
     model = open_model(options.model, device)
     dataset = open_data(options.data, options.data_root, options.limit, device, options.image_size)
     check_classes(model, dataset, options.model)
-    config = replace(options.evaluate, keep_examples=options.samples)
+    attack = _with_goal(options, dataset.classes)
+    attack.threat.sample(dataset.test.fetch(torch.tensor([0]))[0])  # raises where the threat does not fit the images
     measured = Measured(model, options.model, dataset, _folder(options, name), device)
-    rows = measure(measured, {name: attack}, config, options.samples, {attack.threat.family: float(attack.threat.budget)})
+    rows = measure(measured, {name: attack}, options.evaluate, options.samples, {attack.threat.family: budget})
     print(terminal_table({"this model": measured.out}))
     print(_effort([r for r in rows if r.attack == name], {r.sample_id for r in rows if r.family == "clean" and r.correct}, attack))
     print(f"attacked images: {measured.out / 'examples' / f'{name}.npz'} (clean, adversarial: float32 [N,3,H,W])")
@@ -97,25 +102,26 @@ def _folder(options: AttackOptions, name: str) -> Path:
     return Path("checkpoints/attack") / f"{name}-{config_hash(replace(options, device='auto'))[:6]}"
 
 
-def _with_goal(options: AttackOptions) -> Attack:
+def _with_goal(options: AttackOptions, classes: Sequence[str]) -> Attack:
     """The attack with what ``--target`` and ``--evade`` ask for around it."""
     attack = options.attack
     if options.target is not None:
-        if options.target not in CHOICES and not options.target.isdecimal():
-            raise InputError(f"--target {options.target}: give a class number or one of {', '.join(CHOICES)}")
-        attack = Targeted(attack, towards=int(options.target) if options.target.isdecimal() else cast("Choice", options.target))
+        chosen = options.target if options.target in CHOICES else find_class(options.target, classes, also=tuple(CHOICES))
+        attack = Targeted(attack, towards=cast("Choice | int", chosen))
     return attack if options.evade is None else EvadeDetector(attack, gradients=options.evade)
 
 
 def _effort(records: Sequence[EvalRecord], right: set[int], attack: Attack) -> str:
     """What was spent on the images that were right before the attack, and how often the attack reached its goal."""
-    tried = [r for r in records if r.sample_id in right]
+    inside = attack.attack if isinstance(attack, EvadeDetector) else attack
+    target = inside.towards if isinstance(inside, Targeted) else None
+    tried = [r for r in records if r.sample_id in right and r.label != target]  # nothing is wanted of images of the target class
     if not tried:
-        return f"threat {attack.threat.describe()}; every image was wrong without an attack, so none counts"
+        return f"threat {attack.threat.describe()}; no image was attacked: each was wrong before, or of the target class"
     forwards, backwards = (sum(getattr(r, f) for r in tried) / len(tried) for f in ("forwards", "backwards"))
     wrong, reached = sum(not r.correct for r in tried), sum(bool(r.success) for r in tried)
     own = f" ({reached} reached the attack's own goal)" if reached != wrong or isinstance(attack, Wrapper) else ""
     return (
         f"threat {attack.threat.describe()}; {len(tried)} images attacked, {wrong} fooled{own}; largest budget used "
-        f"{max(r.spent for r in tried):g}; {forwards:.0f} forward and {backwards:.0f} backward passes an image"
+        f"{max(r.spent for r in tried):g}; {forwards:.3g} forward and {backwards:.3g} backward passes an image"
     )

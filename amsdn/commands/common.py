@@ -4,6 +4,7 @@ import datetime
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def _call_factory(spec: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise InputError(f"--model {spec}: returned {type(made).__name__}; it must return a torch.nn.Module")
     return made
+
+
+def find_class(named: str, classes: Sequence[str], also: Sequence[str] = ()) -> int:
+    """The index of a class given by name or by index; raises InputError, naming what else may be given, for one that is not there."""
+    if named in classes:
+        return list(classes).index(named)
+    if named.isdecimal() and int(named) < len(classes):
+        return int(named)
+    raise InputError(f"--target {named}: no such class; choose one of {', '.join([*also, *classes])}")
 
 
 def check_classes(model: nn.Module, dataset: Dataset, where: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -63,7 +64,7 @@ def _first_paragraph(box: str) -> str:
     """What tyro says first inside the box it draws, as one line."""
     inside = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
     said = itertools.takewhile(lambda line: not line.startswith("─"), inside)
-    return " ".join(line for line in said if line)
+    return " ".join(line for line in said if line) or " ".join(re.sub(r"\x1b\[[0-9;]*m", "", box).split())  # no box where it is no terminal
 
 
 def split_recipe(args: Sequence[str]) -> tuple[Recipe, list[str]]:

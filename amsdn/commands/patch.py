@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from amsdn.attacks.physical import DIGITAL, PHYSICAL, Transformations, apply
 from amsdn.attacks.printing import Picture, check_print_size, contact_sheet, quantised, save_pdf
 from amsdn.attacks.universal_patch import AdvPatch, PatchSuccess, UniversalPatch, success_rate
-from amsdn.commands.common import check_classes, describe_data, describe_model, open_data, open_model, provenance
+from amsdn.commands.common import check_classes, describe_data, describe_model, find_class, open_data, open_model, provenance
 from amsdn.commands.options import parse, positive
 from amsdn.data import Dataset
 from amsdn.errors import InputError
@@ -23,6 +23,7 @@ from amsdn.records import canonical
 from amsdn.utils.helpers import generator, pick_device
 from amsdn.utils.images import save_image
 
+EXAMPLE = "amsdn patch --model checkpoints/digits-demo/finetune/model --target 3 --physical True"
 EXAMPLES, SHOWN = 8, 3  # images on the contact sheet, and how many draws of each kind
 Z = 1.959963984540054  # of a 95 % interval
 
@@ -52,7 +53,7 @@ class PatchOptions:
 
 def run(args: Sequence[str]) -> None:
     """Learn, judge, write and print one patch."""
-    description = "Learn one patch that fools a model on all images.\n\nExample: amsdn patch --model checkpoints/digits-demo/finetune/model --target 3 --physical"
+    description = f"Learn one patch that fools a model on all images.\n\nExample: {EXAMPLE}"
     options = parse(PatchOptions(), args, "patch", description)
     for name in ("size", "num_steps", "batch_size", "train_samples", "samples", "draws"):
         positive(getattr(options, name), f"--{name.replace('_', '-')}")
@@ -63,7 +64,7 @@ def run(args: Sequence[str]) -> None:
     check_classes(model, dataset, options.model)
     if options.size > dataset.image_size:
         raise InputError(f"--size {options.size}: larger than the images ({dataset.image_size} px); choose a smaller patch")
-    target = find_class(options.target, dataset.classes)
+    target = None if options.target is None else find_class(options.target, dataset.classes)
     attack = AdvPatch(
         options.size,
         options.num_steps,
@@ -83,17 +84,6 @@ def run(args: Sequence[str]) -> None:
     print(
         f"patch: {path}, {path.with_suffix('.pdf')} ({options.print_size_cm:g} cm), {path.with_suffix('.json')}; {options.out / 'example.png'}"
     )
-
-
-def find_class(named: str | None, classes: Sequence[str]) -> int | None:
-    """The index of a class given by name or by index; raises InputError for one that the data does not have."""
-    if named is None:
-        return None
-    if named in classes:
-        return list(classes).index(named)
-    if named.isdigit() and int(named) < len(classes):
-        return int(named)
-    raise InputError(f"--target {named}: no such class; choose one of {', '.join(classes)}")
 
 
 def learn(model: nn.Module, dataset: Dataset, attack: AdvPatch, options: PatchOptions, device: torch.device) -> UniversalPatch:

@@ -10,9 +10,9 @@ from torch import Tensor
 from amsdn.threats.threat_model import ThreatModel, require_positive
 
 
-def _per_image(budget: float | Tensor, like: Tensor) -> Tensor:
-    """A budget as [B,1,1,1] (or [1,1,1,1]), ready to broadcast against images."""
-    return torch.as_tensor(budget, device=like.device, dtype=like.dtype).reshape(-1, 1, 1, 1)
+def _per_image(budget: float | Tensor, like: Tensor) -> float | Tensor:
+    """A budget ready to broadcast against images: a tensor as [B,1,1,1], a number as it is (an upload would wait for the device)."""
+    return budget.to(like.device, like.dtype).reshape(-1, 1, 1, 1) if isinstance(budget, Tensor) else float(budget)
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class NormBall(ThreatModel):
 
     def with_budget(self, budget: float) -> Self:
         return replace(self, eps=budget)
+
+    def select(self, keep: Tensor) -> Self:
+        return self.unchecked(eps=self.eps[keep]) if isinstance(self.eps, Tensor) else self
 
     @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ class L2Ball(NormBall):
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
-        reach = _per_image(self.eps, x).clamp(max=x[0].numel() ** 0.5)  # no image is farther away than the box's diagonal
+        reach = (_per_image(self.eps, x) * torch.ones_like(radius)).clamp(max=x[0].numel() ** 0.5)  # the box's diagonal bounds it
         return self.project(x + self.steepest(direction) * radius * reach, x)
 
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -96,14 +99,15 @@ class L1Ball(NormBall):
         It is delta_i = sign(d_i) clip(|d_i| - lambda, 0, room_i) for d = x_adv - x, with room_i what the box leaves in
         the direction of d_i. The sum of |delta| is piecewise linear in lambda: sorted break points give lambda exactly.
         """
-        d, eps = (x_adv - x).flatten(1), _per_image(self.eps, x).reshape(-1, 1)
+        d, eps = (x_adv - x).flatten(1), _per_image(self.eps, x)
+        eps = eps.reshape(-1, 1) if isinstance(eps, Tensor) else eps
         length, room = d.abs().double(), torch.where(d > 0, 1 - x.flatten(1), x.flatten(1))  # thousands of terms are summed
         threshold = _l1_threshold(length, room, (1 - 1e-6) * eps)
         delta = (d.sign() * (length - threshold).clamp_min(0)).to(x.dtype).reshape(x.shape)
         nearest = x + delta  # beyond the room: the clamp cuts it
         nearest = torch.where((nearest - x).abs() > delta.abs(), nearest.nextafter(x), nearest)  # rounded towards x, else it adds up
         boxed = x_adv.clamp(0, 1)
-        inside = self.spent(boxed, x) <= eps.squeeze(1)
+        inside = self.spent(boxed, x).unsqueeze(1) <= eps
         return torch.where(inside.reshape(-1, 1, 1, 1), boxed, nearest.clamp(0, 1))
 
     def spent(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -134,8 +138,8 @@ def unit_length(direction: Tensor) -> Tensor:
     return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).reshape(direction.shape)
 
 
-def _l1_threshold(length: Tensor, room: Tensor, eps: Tensor) -> Tensor:
-    """The least lambda >= 0 with sum_i clip(length_i - lambda, 0, room_i) <= eps: [B,N], [B,N], [B,1] -> [B,1]; float64.
+def _l1_threshold(length: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
+    """The least lambda >= 0 with sum_i clip(length_i - lambda, 0, room_i) <= eps: [B,N], [B,N], [B,1] or a number -> [B,1]; float64.
 
     Term i falls with slope -1 from its entry max(length_i - room_i, 0) to its exit length_i and is flat elsewhere, so
     between two sorted break points the sum falls with the number of terms that have entered and not left.

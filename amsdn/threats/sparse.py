@@ -31,11 +31,14 @@ class SparsePixels(ThreatModel):
     def with_budget(self, budget: float) -> Self:
         return replace(self, k=budget if isinstance(budget, Tensor) or budget == math.inf else int(budget))  # type: ignore[arg-type]
 
+    def select(self, keep: Tensor) -> Self:
+        return self.unchecked(k=self.k[keep]) if isinstance(self.k, Tensor) else self
+
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         boxed = x_adv.clamp(0, 1)
         gain = box_gain(x_adv, boxed, x).flatten(1)
         rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        keep = rank < torch.as_tensor(self.k, device=x.device).reshape(-1, 1)
+        keep = rank < (self.k.to(x.device).reshape(-1, 1) if isinstance(self.k, Tensor) else self.k)
         return torch.where(keep.reshape(len(x), 1, *x.shape[2:]), boxed, x)
 
     def spent(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -44,6 +47,6 @@ class SparsePixels(ThreatModel):
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         priority = torch.rand(len(x), x[0, 0].numel(), generator=generator, device=x.device)
         rank = priority.argsort(dim=1).argsort(dim=1)
-        keep = rank < torch.as_tensor(self.k, device=x.device).reshape(-1, 1)
+        keep = rank < (self.k.to(x.device).reshape(-1, 1) if isinstance(self.k, Tensor) else self.k)
         colour = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return torch.where(keep.reshape(len(x), 1, *x.shape[2:]), colour, x)

@@ -1,7 +1,8 @@
 """What every threat model offers, and what several of them are made of."""
 
+import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +54,18 @@ class ThreatModel(ABC):
         """The threat restricted to the images that the index or mask ``keep`` [.] chooses."""
         return self if not isinstance(self.budget, Tensor) else self.with_budget(self.budget[keep])  # type: ignore[arg-type]
 
+    def unchecked(self, **fields: Any) -> Self:
+        """A copy with other fields. The constructor would check them, and to check a tensor waits for the device."""
+        other = copy.copy(self)
+        for name, value in fields.items():
+            object.__setattr__(other, name, value)
+        return other
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every budget is finite."""
+        return bool(torch.as_tensor(self.budget).isfinite().all())
+
     @property
     def counts(self) -> bool:
         """Whether the budget is a whole number of pixels (then membership has no tolerance)."""
@@ -73,7 +86,7 @@ def _show(budget: float | Tensor, counts: bool) -> str:
 
 
 def require_positive(budget: float | Tensor, where: str) -> None:
-    if not bool((torch.as_tensor(budget) > 0).all()):
+    if not (bool((budget > 0).all()) if isinstance(budget, Tensor) else budget > 0):
         raise InputError(f"{where} must be positive, got {budget}")
 
 

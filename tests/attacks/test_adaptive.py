@@ -5,7 +5,7 @@ import torch
 from attack_toys import Linear, images
 from torch import Tensor, nn
 
-from amsdn.attacks import FGSM, PatchRS, PGDAttack, RandomNoise, Restarts, Victim
+from amsdn.attacks import FGSM, NFGSM, PatchRS, PGDAttack, RandomNoise, Restarts, Victim
 from amsdn.attacks.adaptive import bpda, expected_logits, vote_logits
 from amsdn.attacks.base import RESCORE_DRAWS
 from amsdn.threats import LinfBall
@@ -115,7 +115,7 @@ def test_parts_of_a_composite_keep_their_own_number_of_draws() -> None:
     y = torch.zeros(2, dtype=torch.int64)
     model = Dropout(declared=True)
     model.net.bias = 500.0  # nobody fools this
-    result = Restarts(FGSM(0.01, eot_samples=3), 2, eot_samples=5)(model, x, y)
+    result = Restarts(NFGSM(0.01, eot_samples=3), 2, eot_samples=5)(model, x, y)
     assert result.backwards.tolist() == [6, 6]
     assert result.forwards.tolist() == [RESCORE_DRAWS + 2 * (3 + 5)] * 2
 

@@ -1,5 +1,6 @@
 """Auto-PGD against plain loops that follow the papers for one image, known optima, and its promises about cost."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -26,7 +27,7 @@ from amsdn.attacks import (
     make_attack,
 )
 from amsdn.attacks.apgd import checkpoints, sparse_sign
-from amsdn.attacks.losses import DLR_OR_MARGIN, TARGETED_DLR, Towards
+from amsdn.attacks.losses import CROSS_ENTROPY, DLR_OR_MARGIN, MARGIN, TARGETED_DLR, Towards
 from amsdn.errors import InputError
 
 AWAY = torch.zeros(6, dtype=torch.int64)
@@ -291,6 +292,23 @@ def test_any_misclassification_ends_the_search_for_a_target() -> None:
     assert torch.equal(net(result.x_adv).argmax(1)[won] != y[won], won[won])
     stood = APGDTargetedAttack(1e-4, 5)(net, x, y)
     assert (stood.forwards[~stood.success] == 1 + 1 + 4 * 6).all()
+
+
+@pytest.mark.parametrize("kind", [APGDTargetedAttack, APGDTargetedL2Attack, APGDTargetedL1Attack])
+@pytest.mark.parametrize("loss", [CROSS_ENTROPY, MARGIN, DLR_OR_MARGIN])
+def test_a_loss_that_is_blind_to_the_tried_class_is_refused(kind: Any, loss: Loss) -> None:
+    with pytest.raises(InputError, match="loss must depend on the class that is tried") as e:
+        kind(loss=loss)
+    assert "\n" not in str(e.value)
+    kind(loss=TARGETED_DLR)
+
+
+def test_losses_say_whether_they_see_the_tried_class() -> None:
+    logits = torch.tensor([[2.0, 1.0, -0.5, 0.3, 0.1]])
+    goal = Towards.likeliest(Goal(torch.tensor([0])), logits, 2)
+    other = dataclasses.replace(goal, rank=1)
+    for loss in (CROSS_ENTROPY, MARGIN, DLR_OR_MARGIN, TARGETED_DLR):
+        assert loss.tells_classes == (not torch.equal(loss(logits, goal), loss(logits, other)))
 
 
 def test_targeted_dlr_by_hand() -> None:

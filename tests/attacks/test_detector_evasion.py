@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from amsdn.attacks import ATTACKS, FGSM, Attack, Cascade, PatchPGD, PGDAttack, Restarts, SparsePGD, SparseRS
 from amsdn.attacks.base import RESCORE_DRAWS
+from amsdn.attacks.deepfool import DeepFool
 from amsdn.attacks.detector_evasion import (
     RULES,
     EvadeDetector,
@@ -24,7 +25,9 @@ from amsdn.attacks.detector_evasion import (
     log_odds,
     without_component,
 )
+from amsdn.attacks.fab import FABAttack, FABL1Attack, FABL2Attack, FABTargetedAttack, FABTargetedL1Attack, FABTargetedL2Attack
 from amsdn.attacks.losses import MARGIN, Goal
+from amsdn.attacks.minimal_norm import boundaries
 from amsdn.attacks.targeting import Targeted
 from amsdn.errors import InputError
 from amsdn.protocols import threshold_of
@@ -32,6 +35,7 @@ from amsdn.records import config_hash
 
 ZEROS = torch.zeros(1, dtype=torch.int64)
 PGD = PGDAttack(0.1, 0.01, 40, random_start=False)
+RANDOM_PGD = PGDAttack(0.1, 0.01, 40)
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
@@ -193,7 +197,7 @@ def test_search_finds_what_brute_force_finds(declared: bool) -> None:
         SparsePGD(8, 60),
         SparseRS(8, 300),
         Restarts(FGSM(0.1), 1),
-        Restarts(PGD, 2),
+        Restarts(RANDOM_PGD, 2),
         Cascade((FGSM(0.1), PGD)),
     ],
 )
@@ -211,7 +215,7 @@ def test_any_attack_stays_in_its_threat_and_means_what_it_says(attack: Attack) -
     assert torch.equal(result.prediction, predicted)
     again = evading(model, x, y)
     assert torch.equal(result.x_adv, again.x_adv)
-    if not isinstance(attack, Restarts) or attack.attack is PGD:
+    if not isinstance(attack, Restarts) or attack.attack is RANDOM_PGD:
         assert result.success.any()
 
 
@@ -324,6 +328,49 @@ def test_a_wrapper_is_its_own_configuration() -> None:
 
 def rules_victim(model: nn.Module, rule: str, x: Tensor, y: Tensor) -> EvadingVictim:
     return EvadingVictim.watching(model, y, RULES[rule](), 1.0, 16).aiming(Goal(y))
+
+
+FAB_AND_DEEPFOOL = (
+    DeepFool(2.0),
+    FABAttack(0.1, 10),
+    FABL2Attack(2.0, 10),
+    FABL1Attack(20.0, 10),
+    FABTargetedAttack(0.1, 10),
+    FABTargetedL2Attack(2.0, 10),
+    FABTargetedL1Attack(20.0, 10),
+)
+
+
+@pytest.mark.parametrize("attack", FAB_AND_DEEPFOOL, ids=lambda a: type(a).__name__)
+def test_attacks_that_walk_to_boundaries_ignore_the_rule_as_documented(attack: Attack) -> None:
+    model, x = WatchedNet(small_net()), images(6)
+    y = model(x).argmax(1)
+    joint, *others = (EvadeDetector(attack, gradients=rule)(model, x, y) for rule in ("joint", "selective", "orthogonal"))
+    assert (joint.backwards > 0).any()
+    for other in others:
+        assert torch.equal(other.x_adv, joint.x_adv)
+        assert torch.equal(other.backwards, joint.backwards)
+
+
+def test_the_boundary_to_the_class_in_front_is_the_alarms_threshold() -> None:
+    w, v = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    model, y = Guarded(w, -1.0, linear_odds(v, 0.5)), ZEROS  # at grey: class 1, and the alarm rings
+    assert [o.item() for o in outcome(model, GREY)] == [1, True]
+    for rule in RULES:
+        victim = rules_victim(model, rule, GREY, y)
+        normals, values, _ = victim.gradients(GREY, lambda z: boundaries(z, Goal(y), 1))
+        torch.testing.assert_close(normals[0, 0], -v, atol=1e-5, rtol=1e-5)
+        assert values.item() == pytest.approx(-0.5, abs=1e-5)
+        found = EvadeDetector(DeepFool(2.0), gradients=rule)(model, GREY, y)
+        assert found.success.all()
+        assert found.spent.item() == pytest.approx(0.5 / v.norm().item(), rel=0.05)
+
+
+def test_the_threshold_is_put_where_the_answers_are_once() -> None:
+    victim = EvadingVictim.watching(conflicting(), torch.zeros(1, dtype=torch.int64, device="meta"), Selective(), 1.0, 16)
+    assert isinstance(victim.value, Sight)
+    assert victim.value.threshold is not None
+    assert victim.value.threshold.device.type == "meta"
 
 
 def test_rules_follow_the_closed_form_gradients() -> None:
@@ -484,7 +531,7 @@ def test_mistakes_are_named_in_one_line() -> None:
         (EvadeDetector(PGD), lost, "finite"),
         (EvadeDetector(PGD), several, "one number"),
         (EvadeDetector(PGD), Odd(GREY[0], 1.0, lambda x: x), "one anomaly_score"),
-        (Restarts(EvadeDetector(PGD), 2), conflicting(), r"write EvadeDetector\(Restarts"),
+        (Restarts(EvadeDetector(RANDOM_PGD), 2), conflicting(), r"write EvadeDetector\(Restarts"),
     ]
     for attack, model, message in cases:
         with pytest.raises(InputError, match=message) as e:

@@ -359,6 +359,28 @@ def test_binary_search_brackets() -> None:
     assert search.rounds.tolist() == [3, 3]
 
 
+def test_targeted_fab_ranks_the_classes_once_and_carries_the_ranking_along() -> None:
+    net, x = small_net(), images(12)
+    y = net(x).argmax(1)
+    order = net(x).argsort(dim=1, descending=True)[:, 1:]
+    runs: list[tuple[int, int]] = []
+
+    class Watched(FABTargetedAttack):
+        def _walk(self, active: SmallestSet, ranking: Tensor | None, rank: int, x_adv: Tensor) -> Tensor | None:
+            runs.append((rank, len(active)))
+            assert ranking is not None
+            assert torch.equal(ranking, order[active.victim.rows])
+            return super()._walk(active, ranking, rank, x_adv)
+
+    result = Watched(1e-4, 2)(net, x, y)
+    assert runs == [(rank, 12) for rank in range(4)]
+    assert (result.forwards == 1 + 1 + 4 * 2 * 2 + 5).all()  # the clean image, the ranking, four rivals, the final search
+    runs.clear()
+    some = Watched(0.006, 2)(net, x, y)
+    assert 0 < some.success.sum() < len(x)
+    assert 0 < runs[-1][1] < runs[0][1]  # samples left on the way
+
+
 def test_several_gradients_from_one_forward() -> None:
     net, x = small_net(), images(3)
     goal = Goal(net(x).argmax(1))

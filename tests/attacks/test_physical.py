@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from attack_toys import images
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amsdn.attacks.patch_attacks import cut
 from amsdn.attacks.physical import (
@@ -278,6 +280,22 @@ def test_held_out_draws_lie_outside_everything_trained_on() -> None:
 def test_unusable_ranges_are_refused(settings: dict[str, tuple[float, float]]) -> None:
     with pytest.raises(InputError, match=f"Transformations: {next(iter(settings))} must"):
         Transformations(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", [None, (1, 2)])
+def test_no_draw_copies_constants_to_the_device(place: tuple[int, int] | None) -> None:
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    ranges, generator = dataclasses.replace(PHYSICAL, place=place), torch.Generator().manual_seed(0)
+    x, patch = images(2, 12), torch.rand(3, 5, 5, generator=generator)
+    with Calls():
+        apply(x, patch, ranges.sample(2, 5, generator))
+    assert "grid_sampler_2d" in called
+    assert "lift_fresh" not in called  # torch.tensor, which waits for an accelerator
 
 
 def test_unusable_blur_is_refused() -> None:

@@ -5,9 +5,11 @@ import torch
 from attack_toys import Linear, images, small_net
 from torch import Tensor
 
+from amsdn.attacks import APGDAttack, PGDAttack
 from amsdn.attacks.losses import CROSS_ENTROPY, MARGIN, Goal
 from amsdn.attacks.square_attack import MarginOrCrossEntropy, SquareAttack, SquareL2Attack, _peak, _pulses
 from amsdn.errors import InputError
+from amsdn.threats import norm_balls
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -192,3 +194,29 @@ def test_images_that_are_not_square() -> None:
         for query in (1, 50, 4000):
             state = attack.propose(state, query, x, seeded())
             assert attack.threat.contains(attack.render(state, x), x).all()
+
+
+def test_a_query_does_not_look_at_the_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, looks = inner(4), []
+    attack = SquareAttack(torch.tensor([0.05, 0.1, 0.1, 0.2]))  # type: ignore[arg-type]
+    state = attack.start(x, attack.threat, seeded())
+    number = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: looks.append(self) or number(self))
+    (x_adv, _) = attack.propose(state, 5, x, seeded())
+    assert not looks
+    monkeypatch.undo()
+    assert attack.threat.contains(x_adv, x).all()
+
+
+def test_budgets_per_image_have_no_cost_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, checked = small_net(), images(4), []
+    y, check = net(x).argmax(1), norm_balls.require_positive
+    monkeypatch.setattr(norm_balls, "require_positive", lambda *args: checked.append(args) or check(*args))
+    for make in (SquareAttack, SquareL2Attack, PGDAttack, APGDAttack):
+        epsilon, counts = torch.full((4,), 1e-3), []
+        for steps in (3, 9):
+            attack = make(epsilon, **{"num_steps" if make in (PGDAttack, APGDAttack) else "num_queries": steps})
+            checked.clear()
+            attack(net, x, y)
+            counts.append(len(checked))
+        assert counts[0] == counts[1]

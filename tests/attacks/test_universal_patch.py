@@ -242,10 +242,30 @@ def test_bad_input_to_fit_is_one_line() -> None:
         with pytest.raises(InputError, match=message) as e:
             attack.fit(net, x, labels)
         assert "\n" not in str(e.value)
+    for target in (5, 99):  # as an attack, not only in fit
+        with pytest.raises(InputError, match=f"AdvPatch: target_class must be below 5, got {target}"):
+            AdvPatch(5, 2, target_class=target)(net, x, y)
     with pytest.raises(InputError, match="train mode"):
         AdvPatch().fit(small_net().train(), x, y)
     with pytest.raises(InputError, match="draws"):
         success_rate(net, x, y, torch.ones(3, 4, 4), NONE, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "target", "message"),
+    [
+        ([0, 1], None, r"labels must be whole numbers \[4\]"),
+        ([0.0, 1, 2, 3], None, "labels must be whole numbers"),
+        ([0, 1, 2, 5], None, "class 5 is outside the 5 classes"),
+        ([0, -1, 2, 3], None, "class -1 is outside the 5 classes"),
+        ([0, 1, 2, 3], 99, "class 99 is outside the 5 classes"),
+        ([0, 1, 2, 3], -1, "class -1 is outside the 5 classes"),
+    ],
+)
+def test_a_rate_of_labels_or_a_target_that_cannot_be_is_refused(labels: list[float], target: int | None, message: str) -> None:
+    with pytest.raises(InputError, match=f"success_rate: {message}") as e:
+        success_rate(small_net(), images(4), torch.tensor(labels), torch.ones(3, 4, 4), NONE, 1, target=target)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("settings", [{"alpha": 0.0}, {"momentum": 1.0}, {"tries": 0}, {"draws": 0}, {"target_class": -1}, {"size": 0}])

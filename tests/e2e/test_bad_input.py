@@ -234,6 +234,8 @@ def test_a_foreign_classifier_is_evaluated_without_any_of_our_model_code(amsdn: 
         (["report", "no/such/run"], "no/such/run"),
         (["certify", "--smoothing.sigma", "0", "--limit", "4"], "sigma must be positive"),
         (["attack", "pgd", "--attack.epsilon", "-1"], "must be positive, got -1"),
+        (["attack", "--attack"], "name an attack"),
+        (["attack", "--k", "3"], "name an attack"),
     ],
 )
 def test_words_that_make_no_sense(args: list[str], says: str, amsdn: Shell, tmp_path: Path) -> None:
@@ -247,6 +249,22 @@ def test_words_that_make_no_sense(args: list[str], says: str, amsdn: Shell, tmp_
 def test_fields_that_do_not_parse(args: list[str], amsdn: Shell, tmp_path: Path) -> None:
     refused(amsdn(*args), args[-2], "--help")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["pgd", "--target", "99"], "no such class"),
+        (["pgd", "--target", "²"], "no such class"),
+        (["patch-pgd", "--size", "100"], "does not fit"),
+        (["deepfool", "--epsilon", "inf"], "finite"),
+    ],
+)
+def test_an_attack_that_makes_no_sense_for_the_data_starts_nothing(
+    words: list[str], says: str, amsdn: Shell, arrays: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    refused(amsdn("attack", *words, "--model", model_folder, "--data", f"arrays:{arrays}", "--out", tmp_path / "out"), says)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_cannot_be_written(amsdn: Shell, arrays: Path, model_folder: Path, tmp_path: Path) -> None:

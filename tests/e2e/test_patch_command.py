@@ -1,6 +1,7 @@
 """``amsdn patch``: what it leaves behind, what it counts, and how it refuses."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from amsdn.attacks import ApplyPatch, UniversalPatch
-from amsdn.commands.common import open_model
-from amsdn.commands.patch import find_class, rate, wilson_of_mean
+from amsdn.commands.common import find_class, open_model
+from amsdn.commands.options import parse
+from amsdn.commands.patch import EXAMPLE, PatchOptions, rate, wilson_of_mean
 from amsdn.data import load_dataset
 from amsdn.errors import InputError
 from amsdn.evaluation.statistics import wilson
@@ -59,6 +61,7 @@ def test_a_patch_is_learned_judged_and_written(amsdn: Shell, model_folder: Path,
     [
         (["--target", "purple"], ["--target purple", "dark, bright"]),
         (["--target", "2"], ["--target 2"]),
+        (["--target", "²"], ["--target ²", "dark, bright"]),
         (["--size", "17"], ["--size 17", "16 px"]),
         (["--size", "0"], ["--size must be at least 1"]),
         (["--draws", "0"], ["--draws must be at least 1"]),
@@ -79,11 +82,20 @@ def test_bad_options_are_one_line(options: list[str], words: list[str], amsdn: S
     assert not list(Path().rglob("*.png"))
 
 
+def test_the_example_is_a_command_that_parses(amsdn: Shell) -> None:
+    program, command, *words = shlex.split(EXAMPLE)
+    assert (program, command) == ("amsdn", "patch")
+    options = parse(PatchOptions(), words, command, "")
+    assert options.physical
+    assert find_class(options.target, [f"digit {i}" for i in range(10)]) == 3
+    told = amsdn("patch", "--help")
+    assert "--physical True" in " ".join(told.out.replace("│", " ").split())
+
+
 def test_classes_by_name_before_index() -> None:
     assert find_class("cat", ["dog", "cat"]) == 1
     assert find_class("1", ["1", "0"]) == 0
     assert find_class("1", ["dog", "cat"]) == 1
-    assert find_class(None, ["dog"]) is None
     with pytest.raises(InputError, match="no such class"):
         find_class("-1", ["dog"])
 

@@ -80,6 +80,17 @@ def test_one_attack_states_its_budget_and_keeps_its_images(amsdn: Shell, model_f
     assert (tmp_path / "out" / "pgd" / "examples" / "pgd.npz").exists()
 
 
+def test_an_attack_with_a_target_that_must_stay_unnoticed(amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path) -> None:
+    words = ["--attack=pgd", "--epsilon", "1/2", "--target", "0", "--evade", "joint", "--num-steps", "3", "--samples", "6"]
+    outcome = amsdn("attack", "--model", model_folder, "--data", f"arrays:{arrays}", "--out", tmp_path / "out", *words)
+    assert outcome.code == 0, outcome
+    rows = [json.loads(line) for line in (tmp_path / "out" / "pgd" / "eval.jsonl").read_text().splitlines()]
+    attacked = [r for r in rows if r["attack"] == "pgd"]
+    assert all(r["evades"] for r in attacked)
+    assert all(r["success"] == (r["prediction"] == 0 and not r["detected"]) for r in attacked if r["label"] != 0)
+    assert not any(r["success"] or r["backwards"] for r in attacked if r["label"] == 0)
+
+
 def test_a_finished_stage_run_again_keeps_its_weights(amsdn: Shell, trained: Path, arrays: Path) -> None:
     weights = (trained / "train" / "model" / "model.safetensors").read_bytes()
     recorded = (trained / "train" / "run.json").read_bytes()
@@ -95,7 +106,9 @@ def test_other_settings_in_the_same_folder_are_refused(amsdn: Shell, trained: Pa
     assert "made under other settings" in outcome.err
 
 
-@pytest.mark.parametrize("command", ["demo", "pretrain", "train", "finetune", "evaluate", "certify", "attack", "predict", "report"])
+@pytest.mark.parametrize(
+    "command", ["demo", "pretrain", "train", "finetune", "evaluate", "certify", "attack", "patch", "predict", "report"]
+)
 def test_every_command_explains_itself_with_an_example(command: str, amsdn: Shell) -> None:
     outcome = amsdn(command, "--help")
     assert outcome.code == 0
