@@ -48,6 +48,7 @@ class PatchPGD(Attack):
     loss: Loss = CROSS_ENTROPY
     count: int = 1  # patches on every image
     starts: int | None = 1  # None: a sixth of num_steps, at most 16
+    central_start: bool = False  # the first start's first patch begins in the middle of the image, where objects tend to be
     last_alpha: float | None = None  # None: alpha throughout
 
     def __post_init__(self) -> None:
@@ -65,7 +66,9 @@ class PatchPGD(Attack):
 
         A start needs a few steps to show its worth, so a short run has fewer of them than the 16 of 100 steps.
         """
-        return cls(size, num_steps, **{"alpha": 0.2, "last_alpha": 0.05, "starts": None, "candidates": 4, **settings})
+        return cls(
+            size, num_steps, **{"alpha": 0.2, "last_alpha": 0.05, "starts": None, "candidates": 4, "central_start": True, **settings}
+        )
 
     @property
     def threat(self) -> PatchRegion | PatchRectangles:
@@ -122,6 +125,13 @@ class PatchPGD(Attack):
 
     def _first_corners(self, active: ActiveSet, generator: torch.Generator) -> Tensor:
         """Where each start's patches begin, [S,B,n,2] as row and column. Override it to choose other places."""
+        corners = self._drawn_corners(active, generator)
+        if self.central_start:
+            for axis, side in enumerate(sides(self.size)):
+                corners[0, :, 0, axis] = (active.x.shape[2 + axis] - side) // 2
+        return corners
+
+    def _drawn_corners(self, active: ActiveSet, generator: torch.Generator) -> Tensor:
         threat = PatchRectangles(*sides(self.size))
         starts = self._first_starts()
         if self.candidates == 1:

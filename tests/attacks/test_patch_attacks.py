@@ -8,7 +8,7 @@ import torch
 from attack_toys import Linear, images, small_net
 from torch import Tensor, nn
 
-from amsdn.attacks import Attack, LaVAN, Margin, PatchPGD, PatchRS, Restarts, make_attack
+from amsdn.attacks import Attack, Goal, LaVAN, Margin, PatchPGD, PatchRS, Restarts, Victim, make_attack
 from amsdn.attacks.losses import margin
 from amsdn.attacks.patch_attacks import Size, best_colour_gain, cut, paste, sides
 from amsdn.commands.attack import AttackOptions, split_attack
@@ -161,6 +161,16 @@ def test_a_short_run_races_fewer_starts_however_it_came_about() -> None:
     long, short = PatchPGD.racing(4), PatchPGD.racing(4, 20)
     assert dataclasses.replace(long, num_steps=20) == short  # as the command line does
     assert (long._rounds()[0][0], short._rounds()[0][0], PatchPGD.racing(4, 2)._rounds()[0][0]) == (16, 3, 1)
+
+
+def test_the_first_of_the_racing_starts_stands_in_the_middle() -> None:
+    net, x = small_net(), images(3)
+    attack = dataclasses.replace(PatchPGD.racing((4, 6), 24, count=2), stop_when_fooled=False)
+    active = attack.active(Victim.of(net, 3, x.device), x, Goal(torch.zeros(3, dtype=torch.int64)))
+    corners = attack._first_corners(active, torch.Generator().manual_seed(0))
+    assert corners.shape == (4, 3, 2, 2)
+    assert (corners[0, :, 0] == torch.tensor([6, 5])).all()
+    assert len(corners[1:].flatten(0, 2).unique(dim=0)) > 6
 
 
 class Spot(nn.Module):
