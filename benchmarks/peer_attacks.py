@@ -316,7 +316,7 @@ def _(model: nn.Module, x: Tensor, y: Tensor, *, k: int, population: int, num_st
 
 
 @_peer("patch", "art")
-def _(model: nn.Module, x: Tensor, y: Tensor, *, size: int, alpha: float, num_steps: int) -> Tensor:
+def _(model: nn.Module, x: Tensor, y: Tensor, *, size: int, step: float, num_steps: int) -> Tensor:
     """Its patch is universal: one run for each image makes it a per-image patch, at the centre, where the user puts it."""
     from art.attacks.evasion import AdversarialPatchPyTorch
 
@@ -327,7 +327,7 @@ def _(model: nn.Module, x: Tensor, y: Tensor, *, size: int, alpha: float, num_st
             rotation_max=0.0,
             scale_min=0.99,
             scale_max=1.0,
-            learning_rate=alpha,
+            learning_rate=step,
             max_iter=num_steps,
             batch_size=1,
             patch_shape=(3, size, size),

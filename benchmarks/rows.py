@@ -184,7 +184,7 @@ ROWS = [
         lambda s: (2 * s["num_steps"], s["num_steps"]),
         1,
         unit="size",
-        fixed={"alpha": 0.05},
+        fixed={"step": 0.05},  # ours has its own, shrinking steps
         note="ART's patch is universal: it is made for one image at a time, at a fixed place; ours races several starts, the first in the middle, and looks for the place too",
     ),
 ]

@@ -48,6 +48,6 @@ def test_few_pixels_of_art(attack, resnet, peer):
 def test_patch(resnet, peer):
     """ART's patch, made for one image at a time at a fixed place, against ours, which also looks for the place."""
     target = resnet.first(24)
-    theirs = peer("patch", "art", target, size=5, alpha=0.05, num_steps=25)
-    attack = PatchPGD(5, num_steps=25, alpha=0.05)
+    theirs = peer("patch", "art", target, size=5, step=0.05, num_steps=25)
+    attack = PatchPGD.racing(5, num_steps=25)
     assert_no_weaker(target, ours(attack, target), theirs, attack.threat, RANDOM_BOUND)
