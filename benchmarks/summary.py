@@ -107,12 +107,13 @@ def drawn(document: dict[str, Any], text: str) -> str:
 
 
 def origin(document: dict[str, Any]) -> str:
-    """Where the numbers come from, in two lines."""
+    """Where the numbers come from: every session's command and commit, then what they share."""
     last = document["sessions"][-1]
     libraries = ", ".join(f"{name} {found}" for name, found in last["libraries"].items())
     samples = sorted({cell["samples"] for e in document["summary"] for cell in e["cells"].values()})
+    runs = "; ".join(f"`{s['command']}` at commit {s['commit']}, {s['date']}" for s in document["sessions"])
     return (
-        f"`{last['command']}`, commit {last['commit']}, {last['date']}, {last['cpu']}, {document['settings']['threads']} threads, "
+        f"{runs}. {last['cpu']}, {document['settings']['threads']} threads, "
         f"torch {last['versions']['torch']}, {libraries}. {samples[0]} to {samples[-1]} images of the CIFAR-10 test set, all classified correctly; "
         f"robust accuracy in per cent of them; forwards and backwards are images through the model for each image attacked."
     )
