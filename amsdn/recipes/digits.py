@@ -26,7 +26,7 @@ def digits_demo() -> Recipe:
     sparse: Attack = SparsePGD(k=20, num_steps=5, stop_when_fooled=False)
     return Recipe(
         name="digits-demo",
-        about="digits, compact network of width 16, two CPU cores, about six minutes for everything",
+        about="digits, compact network of width 16, two CPU cores, ten to twenty minutes for everything",
         data="digits",
         model=model,
         control_model=replace(model, fpn=False, attention=False, purification=False),
