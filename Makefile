@@ -10,7 +10,7 @@ help:
 	@echo "make demo    train, attack, certify and report on digits (CPU, ten to twenty minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy and the tests"
-	@echo "make peers   install the peer attack libraries and compare our attacks with theirs (about five minutes)"
+	@echo "make peers   install the peer attack libraries and compare our attacks with theirs (about ten minutes)"
 	@echo "make benchmark  time our attacks beside theirs into results/benchmarks (about a quarter of an hour on two cores)"
 	@echo "make format  reformat the code"
 	@echo "make clean   remove the environment, caches and demo output"
