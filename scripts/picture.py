@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw the README's picture from a run folder: clean, attacked, and where the model says it was attacked.
 
-python scripts/picture.py runs/demo/AMSDN docs/example.png patch-rs-8 sparse-rs-20
+python scripts/picture.py runs/demo/AMSDN docs/example.png patch-autoattack-8 sparse-autoattack-20
 """
 
 import json
