@@ -158,7 +158,7 @@ class PatchAutoAttack(Composite):
     @classmethod
     def quick(cls, size: Size = 5) -> Self:
         """The budget that fits a CPU."""
-        return cls(size, num_queries=500, restarts=3, margin_restarts=1)
+        return cls(size, num_queries=500, restarts=8, margin_restarts=3)
 
     @property
     def parts(self) -> Sequence[Attack]:
