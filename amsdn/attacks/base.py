@@ -296,9 +296,9 @@ class Attack(ABC):
         check_eval_mode(model, where)
         x = x.detach().float()
         _check_budget(self.threat.budget, x, where)
-        _check_indices(y, x, where, "labels")
+        check_indices(y, x, where, "labels")
         if targets is not None:
-            _check_indices(targets, x, where, "targets")
+            check_indices(targets, x, where, "targets")
         y, targets = y.long(), None if targets is None else targets.long()
         generator = on_device(generator, x)
         victim = self.victim_of(model, y)
@@ -375,6 +375,12 @@ def require_bounded(attack: Attack) -> None:
     require(attack.threat.bounded, attack, "the budget must be finite (minimal-norm attacks take math.inf)", attack.threat.describe())
 
 
+def require_at_least_one(attack: object, *names: str) -> None:
+    """Raise InputError about the first of these fields of an attack that is below 1."""
+    for name in names:
+        require(getattr(attack, name) >= 1, attack, f"{name} must be at least 1", getattr(attack, name))
+
+
 def on_device(generator: torch.Generator | None, x: Tensor) -> torch.Generator:
     """A generator that draws on x's device: the given one, a child of it where it lives elsewhere, or seed 0."""
     if generator is not None and generator.device.type == x.device.type:
@@ -388,7 +394,8 @@ def _check_budget(budget: float | Tensor, x: Tensor, where: str) -> None:
         raise InputError(f"{where}: budgets {list(budget.shape)} for {len(x)} images; pass one number, or a tensor of one per image")
 
 
-def _check_indices(classes: Tensor, x: Tensor, where: str, what: str) -> None:
+def check_indices(classes: Tensor, x: Tensor, where: str, what: str) -> None:
+    """Raise InputError unless classes are one whole number for each image of x, where the images are."""
     whole = not (classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool)
     if not whole or classes.shape != x.shape[:1] or classes.device != x.device:
         raise InputError(

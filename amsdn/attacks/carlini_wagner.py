@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import Victim, require
+from amsdn.attacks.base import Victim, require, require_at_least_one
 from amsdn.attacks.losses import Goal, Loss, margin
 from amsdn.attacks.minimal_norm import MinimalNorm
 from amsdn.threats import L2Ball
@@ -121,8 +121,7 @@ class CWL2(MinimalNorm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_steps", "binary_search_steps"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "binary_search_steps")
         for name in ("learning_rate", "initial_const"):
             require(getattr(self, name) > 0, self, f"{name} must be positive", getattr(self, name))
         require(self.confidence >= 0, self, "confidence must not be negative", self.confidence)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import Victim, require
+from amsdn.attacks.base import Victim, require, require_at_least_one
 from amsdn.attacks.fab_norms import L1Norm, L2Norm, LinfNorm, PlaneNorm
 from amsdn.attacks.losses import MARGIN, Goal
 from amsdn.attacks.minimal_norm import SmallestSet, boundaries
@@ -33,8 +33,7 @@ class _FAB(PlaneNorm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_steps", "n_restarts"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "n_restarts")
         for name in ("alpha_max", "beta"):
             require(0 < getattr(self, name) <= 1, self, f"{name} must lie in (0, 1]", getattr(self, name))
         require(self.eta >= 1, self, "eta must be at least 1", self.eta)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import Attack, Victim, require
+from amsdn.attacks.base import Attack, Victim, require, require_at_least_one
 from amsdn.attacks.losses import MARGIN, Goal, Loss
 from amsdn.threats import SparsePixels
 
@@ -41,8 +41,7 @@ class FewPixelDE(Attack):
         require(isinstance(self.k, int), self, "k must be one whole number for all images", self.k)
         require(self.population >= 4, self, "population must be at least 4", self.population)
         require(self.factor > 0, self, "factor must be positive", self.factor)
-        for name in ("num_steps", "chunk"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "chunk")
 
     @property
     def threat(self) -> SparsePixels:

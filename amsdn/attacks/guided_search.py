@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import Attack, Victim, require, require_bounded
+from amsdn.attacks.base import Attack, Victim, require, require_at_least_one, require_bounded
 from amsdn.attacks.losses import MARGIN, Goal, Loss
 from amsdn.attacks.pixel_attacks import _largest
 from amsdn.attacks.search_attacks import sparse_divisor
@@ -42,8 +42,7 @@ class GuidedSparseRS(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_queries", "refresh"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_queries", "refresh")
         for name in ("flip", "blind"):
             require(0 <= getattr(self, name) <= 1, self, f"{name} must lie in [0, 1]", getattr(self, name))
         require(self.power >= 0, self, "power must not be negative", self.power)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amsdn.attacks.adaptive import frozen
-from amsdn.attacks.base import Attack, Victim, require
+from amsdn.attacks.base import Attack, Victim, require, require_at_least_one
 from amsdn.attacks.losses import MARGIN, Goal
 from amsdn.attacks.patch_attacks import PatchPGD, Size, best_colour_gain, cut, paste, patch_threat, sides
 from amsdn.protocols import MaskedVoting, masked_voting_of
@@ -67,8 +67,7 @@ class MaskingAwarePatch(Attack):
         super().__post_init__()
         for name in ("alpha", "last_alpha"):
             require(getattr(self, name) > 0, self, f"{name} must be positive", getattr(self, name))
-        for name in ("num_steps", "majority_places", "views_per_step", "check_every", "views_per_pass"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "majority_places", "views_per_step", "check_every", "views_per_pass")
         require(self.confirming_places >= 0, self, "confirming_places must not be negative", self.confirming_places)
 
     @property

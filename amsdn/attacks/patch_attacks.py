@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amsdn.attacks.base import ActiveSet, Attack, Victim, require
+from amsdn.attacks.base import ActiveSet, Attack, Victim, require, require_at_least_one
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal, Loss
 from amsdn.errors import InputError
 from amsdn.threats import PatchRectangles, PatchRegion, rectangle_mask
@@ -55,8 +55,7 @@ class PatchPGD(Attack):
         super().__post_init__()
         require(self.alpha > 0, self, "alpha must be positive", self.alpha)
         require(self.last_alpha is None or self.last_alpha > 0, self, "last_alpha must be positive", self.last_alpha)
-        for name in ("num_steps", "move_every", "stride", "candidates", "count"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "move_every", "stride", "candidates", "count")
         require(self.starts is None or self.starts >= 1, self, "starts must be at least 1", self.starts)
         require(self.move in ("random", "full", "never"), self, "move must be random, full or never", self.move)
 

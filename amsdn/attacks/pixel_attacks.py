@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amsdn.attacks.base import Attack, Victim, require, require_bounded
+from amsdn.attacks.base import Attack, Victim, require, require_at_least_one, require_bounded
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal, Loss
 from amsdn.threats import SparsePixels, unit_length
 
@@ -39,8 +39,7 @@ class SparsePGD(Attack):
         super().__post_init__()
         for name in ("alpha", "beta"):
             require(getattr(self, name) > 0, self, f"{name} must be positive", getattr(self, name))
-        for name in ("num_steps", "patience"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "patience")
         require_bounded(self)
 
     @property

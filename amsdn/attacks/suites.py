@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 from amsdn.attacks.apgd import APGDAttack, APGDL1Attack, APGDL2Attack, APGDTargetedAttack, APGDTargetedL1Attack, APGDTargetedL2Attack
-from amsdn.attacks.base import Attack, require
+from amsdn.attacks.base import Attack, require, require_at_least_one
 from amsdn.attacks.compose import Composite, Restarts
 from amsdn.attacks.fab import FABTargetedAttack, FABTargetedL1Attack, FABTargetedL2Attack
 from amsdn.attacks.guided_search import GuidedSparseRS
@@ -46,8 +46,7 @@ class _AutoAttack(Composite):
 
     def __post_init__(self) -> None:
         require(self.version in ("standard", "rand"), self, "version must be standard or rand", self.version)
-        for name in ("num_steps", "num_queries", "n_targets"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "num_queries", "n_targets")
         super().__post_init__()
 
     @property
@@ -116,8 +115,7 @@ class SparseAutoAttack(Composite):
     guided_restarts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_queries", "guided_queries", "guided_restarts"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "num_queries", "guided_queries", "guided_restarts")
         super().__post_init__()
 
     @classmethod
@@ -151,8 +149,7 @@ class PatchAutoAttack(Composite):
     margin_restarts: int = 4  # runs on the margin
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_queries", "restarts", "margin_restarts"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "num_queries", "restarts", "margin_restarts")
         super().__post_init__()
 
     @classmethod

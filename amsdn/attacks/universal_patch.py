@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amsdn.attacks.adaptive import frozen, reproducible
-from amsdn.attacks.base import ActiveSet, Attack, Victim, on_device, require
+from amsdn.attacks.base import ActiveSet, Attack, Victim, check_indices, on_device, require, require_at_least_one
 from amsdn.attacks.losses import MARGIN, Goal, Loss
 from amsdn.attacks.physical import DIGITAL, Transformations, apply
 from amsdn.attacks.printing import load_png, quantised, read_sidecar, save_png, write_sidecar
@@ -100,8 +100,7 @@ class AdvPatch(Attack):
         super().__post_init__()
         require(self.alpha > 0, self, "alpha must be positive", self.alpha)
         require(0 <= self.momentum < 1, self, "momentum must lie in [0, 1)", self.momentum)
-        for name in ("num_steps", "batch_size", "draws", "tries"):
-            require(getattr(self, name) >= 1, self, f"{name} must be at least 1", getattr(self, name))
+        require_at_least_one(self, "num_steps", "batch_size", "draws", "tries")
         require(self.target_class is None or self.target_class >= 0, self, "target_class must be a class index", self.target_class)
 
     @property
@@ -123,7 +122,7 @@ class AdvPatch(Attack):
         where = "AdvPatch.fit"
         check_images(images, where)
         check_eval_mode(model, where)
-        _check_labels(images, labels, where)
+        check_indices(labels, images, where, "labels")
         if self.target_class is not None:
             keep = labels != self.target_class
             images, labels = images[keep], labels[keep]
@@ -260,7 +259,7 @@ def success_rate(
     where = "success_rate"
     check_images(images, where)
     check_eval_mode(model, where)
-    _check_labels(images, labels, where)
+    check_indices(labels, images, where, "labels")
     if draws < 1 or batch_size < 1:
         raise InputError(f"{where}: draws and batch_size must be at least 1, got {draws} and {batch_size}")
     generator = on_device(generator, images)
@@ -315,15 +314,6 @@ def endless_batches(count: int, batch_size: int, generator: torch.Generator) -> 
 
 def _answer(victim: Victim, x: Tensor) -> Tensor:
     return (victim.vote(x) if victim.stochastic else victim.logits(x)).argmax(1)
-
-
-def _check_labels(images: Tensor, labels: Tensor, where: str) -> None:
-    """Raise InputError unless labels are one whole number for each image, where the images are."""
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.device != images.device:
-        raise InputError(
-            f"{where}: labels must be whole numbers [{len(images)}] on {images.device}, "
-            f"got {labels.dtype} {list(labels.shape)} on {labels.device}; pass one class index per image"
-        )
 
 
 def _check_classes(victim: Victim, images: Tensor, labels: Tensor, target: int | None, where: str) -> None:
