@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check peers benchmark format clean help
+.PHONY: demo test check peers benchmark benchmark-certificates format clean help
 
 help:
 	@echo "make demo    train, attack, certify and report on digits (CPU, ten to twenty minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make check   ruff, mypy and the tests"
 	@echo "make peers   install the peer attack libraries and compare our attacks with theirs (about ten minutes)"
 	@echo "make benchmark  time our attacks beside theirs into results/benchmarks (about a quarter of an hour on two cores)"
+	@echo "make benchmark-certificates  what certificates cost beside Cohen's, PatchCleanser's and ART's (hours on a CPU; goes on if killed)"
 	@echo "make format  reformat the code"
 	@echo "make clean   remove the environment, caches and demo output"
 
@@ -53,6 +54,9 @@ peers: $(VENV)/.installed-peers
 
 benchmark: $(VENV)/.installed-peers
 	$(BIN)/python benchmarks/attacks.py $(ARGS)
+
+benchmark-certificates: $(VENV)/.installed-peers
+	$(BIN)/python benchmarks/certification.py $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

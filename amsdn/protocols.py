@@ -9,6 +9,8 @@ countermeasure, or asks the matching question, without being told to:
 - ``stochastic = True``: the output varies from call to call; attacks then average over draws (EOT).
 - ``differentiable_surrogate()``: a module to take gradients through where the real forward has none (BPDA).
 - ``classifier``, ``fill`` and ``masks(height, width)``: it answers by votes over masked views (see ``MaskedVoting``).
+- ``mask_fill``: the colour that covers (see ``mask_fill_of``), for training, double masking and occlusion alike.
+- ``classifier``, ``grid``, ``parts``, ``tolerance`` and ``part_logits(x)``: it answers by votes over disjoint pixels (see ``PixelVoting``).
 - ``analyze(x)``: it also detects attacks (see ``Detector``), unless ``has_detector`` is False; attacks can then evade the
   detector too, for which ``detection_threshold`` says above which anomaly score it raises the alarm.
 """
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from amsdn.errors import InputError
+
+GREY = (0.5, 0.5, 0.5)
 
 
 class Classifier(Protocol):
@@ -63,6 +67,29 @@ class MaskedVoting(Protocol):
         """The masks for images of this size, [M,1,H,W] bool, True where they cover."""
 
 
+@runtime_checkable
+class PixelVoting(Protocol):
+    """A defence that answers by a run-off (see ``amsdn.utils.voting``) between ``parts`` views of an image.
+
+    No two of the views show the same pixel.
+    """
+
+    classifier: nn.Module
+    grid: tuple[int, int]  # rows and columns of parts
+    tolerance: float  # relative gap of two logits up to which a certificate holds a view for undecided between them
+
+    @property
+    def parts(self) -> int: ...
+
+    def part_logits(self, x: Tensor, /) -> Tensor:
+        """What ``classifier`` says of every view of images [B,3,H,W]: logits [B,T,K]."""
+
+
+def pixel_voting_of(model: object) -> PixelVoting | None:
+    """The model as a defence by votes over disjoint pixels, or None for one that does not declare it."""
+    return model if isinstance(model, PixelVoting) else None
+
+
 def masked_voting_of(model: object) -> MaskedVoting | None:
     """The model as a defence by double masking, or None for one that does not declare it."""
     return model if isinstance(model, MaskedVoting) else None
@@ -85,6 +112,22 @@ def threshold_of(model: object) -> Tensor | None:
     if not bool(threshold.isfinite()):
         raise InputError(f"detection_threshold must be a finite number, got {float(threshold)}; calibrate the detector")
     return threshold
+
+
+def mask_fill_of(model: nn.Module) -> Tensor:
+    """The colour of covered pixels, float32 [1,3,1,1] on the model's device: its ``mask_fill``, grey .5 where it declares none.
+
+    Training and certificates must cover with the same colour, so both ask here. Raises InputError for anything else than
+    three numbers in [0,1].
+    """
+    declared = getattr(model, "mask_fill", GREY)
+    try:
+        fill = torch.as_tensor(declared, dtype=torch.float32, device=device_of(model)).detach().reshape(1, 3, 1, 1)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"mask_fill must be a colour, three numbers in [0,1]; got {declared!r}") from e
+    if not bool(((fill >= 0) & (fill <= 1)).all()):
+        raise InputError(f"mask_fill must be a colour in [0,1], got {fill.flatten().tolist()}")
+    return fill
 
 
 def is_stochastic(model: object) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from amsdn.errors import InputError
-from amsdn.protocols import check_eval_mode, check_images, detector_of, device_of, is_stochastic, surrogate_of
+from amsdn.protocols import check_eval_mode, check_images, detector_of, device_of, is_stochastic, mask_fill_of, surrogate_of
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,22 @@ def test_what_a_defence_declares_is_read_and_its_silence_means_nothing_special()
     declared.has_detector = False  # type: ignore[assignment]
     assert detector_of(declared) is None
     assert device_of(plain) == torch.device("cpu")
+
+
+def test_covered_pixels_take_the_declared_colour_or_grey() -> None:
+    assert torch.equal(mask_fill_of(nn.Identity()), torch.full((1, 3, 1, 1), 0.5))
+    model = nn.Identity()
+    for declared in ((0.25, 0.5, 1.0), torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64).reshape(1, 3, 1, 1)):
+        model.mask_fill = declared
+        fill = mask_fill_of(model)
+        assert fill.dtype == torch.float32
+        assert torch.equal(fill, torch.tensor([0.25, 0.5, 1.0]).reshape(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("declared", [0.5, (0.1, 0.2), "grey", None, (0.1, 0.2, math.nan), (0.1, 0.2, 1.5), (-0.1, 0.2, 0.5)])
+def test_a_colour_that_is_none_is_refused_in_one_line(declared: object) -> None:
+    model = nn.Identity()
+    model.mask_fill = declared
+    with pytest.raises(InputError, match="mask_fill must be a colour") as error:
+        mask_fill_of(model)
+    assert "\n" not in str(error.value)

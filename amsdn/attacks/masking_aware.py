@@ -14,7 +14,7 @@ for every j. Let C be the masks that hide a whole patch at some place.
 Both come down to a set of views that should change class, on which the patch content climbs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,7 +45,8 @@ class MaskingAwarePatch(Attack):
        already, so that what still stands decides. Steps shrink geometrically from ``alpha`` to ``last_alpha``. Every
        ``check_every`` steps the real defence is asked, and only its answer counts.
 
-    A defence declares its masks by ``protocols.MaskedVoting``; any other model is attacked by ``PatchPGD`` with as many steps in all.
+    A defence that asks coarser masks first (``DoubleMasking.coarser``) fills the table itself; the steps then follow the views under
+    its finest masks, and its answers decide. A defence declares its masks by ``protocols.MaskedVoting``; any other model is attacked by ``PatchPGD`` with as many steps in all.
 
     Counted are calls, of the classifier on one view or of the defence as a whole, which is M views or more. With M masks:
     M (M + 1) / 2 forwards for the table, M + ``confirming_places`` each way for the gains; then per place ``num_steps`` x
@@ -150,12 +151,26 @@ class _Views:
     masks: Tensor  # [M,1,H,W] bool
     fill: Tensor  # [1,3,1,1]
     per_pass: int
+    declared_table: Callable[[Tensor], Tensor] | None = None  # of a defence whose table is not that of plain two-mask views
 
     @classmethod
     def of(cls, masking: MaskedVoting, victim: Victim, x: Tensor, per_pass: int) -> "_Views":
         classifier = Victim.of(masking.classifier, len(x), x.device, victim.eot_samples)
         counting = replace(classifier, forwards=victim.forwards, backwards=victim.backwards, rows=victim.rows)
-        return cls(counting, masking.masks(*x.shape[2:]), masking.fill, per_pass)
+        declared = masking.prediction_table if getattr(masking, "coarser", ()) else None  # type: ignore[attr-defined]
+        return cls(counting, masking.masks(*x.shape[2:]), masking.fill, per_pass, declared)
+
+    def table(self, victim: Victim, x: Tensor) -> Tensor:
+        """P [B,M,M] of the images: what the defence says of every pair of masks. Counted is one pass a pair."""
+        first, second = mask_pairs(len(self.masks), x.device)
+        if self.declared_table is not None:
+            victim.forwards.index_add_(0, victim.rows, torch.full_like(victim.rows, len(first)).to(victim.forwards))
+            return self.declared_table(x)
+        classes = self.predictions(victim, x, first.expand(len(x), -1), second.expand(len(x), -1))
+        table = classes.new_empty(len(x), len(self.masks), len(self.masks))
+        table[:, first, second] = classes
+        table[:, second, first] = classes
+        return table
 
     def predictions(self, victim: Victim, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """The classes of the views, [B,V] int64."""
@@ -233,11 +248,7 @@ class _CleanTable:
 
     @classmethod
     def of(cls, views: _Views, victim: Victim, x: Tensor, goal: Goal, size: Size) -> "_CleanTable":
-        first, second = mask_pairs(len(views.masks), x.device)
-        classes = views.predictions(victim, x, first.expand(len(x), -1), second.expand(len(x), -1))
-        table = classes.new_empty(len(x), len(views.masks), len(views.masks))
-        table[:, first, second] = classes
-        table[:, second, first] = classes
+        table = views.table(victim, x)
         wish = _Wish(goal.labels, torch.full_like(goal.labels, not goal.targeted, dtype=torch.bool))
         votes = table.diagonal(dim1=1, dim2=2)
         confirms_against = (table == votes.unsqueeze(2)).all(2) & ~wish.granted(votes)
@@ -272,7 +283,8 @@ class _CleanTable:
     def _wrong_answers(self) -> Tensor:
         """How often mask k gives class t among the P[k][j], for the t that the attacker would take, [B,M,K]."""
         classes = int(torch.maximum(self.table.max(), self.wish.label.max())) + 1
-        counts = self.table.new_zeros(*self.table.shape[:2], classes).scatter_add_(2, self.table, torch.ones_like(self.table))
+        usable = self.table >= 0  # a view without a class counts for none
+        counts = self.table.new_zeros(*self.table.shape[:2], classes).scatter_add_(2, self.table.clamp_min(0), usable.long())
         every = torch.arange(classes, device=counts.device).expand(len(counts), -1)
         return counts.masked_fill(~self.wish.granted(every).unsqueeze(1), -1)
 

@@ -1,20 +1,24 @@
-"""``amsdn certify``: certified l2 robustness by randomized smoothing, cross-checked by attacks on the smoothed classifier."""
+"""``amsdn certify``: certificates against l2 changes, patches and few pixels, each cross-checked by attacks on what it certifies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from amsdn.commands.certifying import KINDS, Certifying, Kind, certify
 from amsdn.commands.common import check_classes, open_data, open_model
-from amsdn.commands.measuring import Measured, certify
+from amsdn.commands.measuring import Measured
 from amsdn.commands.options import parse, positive, recipe_help, split_recipe
-from amsdn.evaluation.certification import SmoothingConfig
-from amsdn.evaluation.crosscheck import RecheckConfig
+from amsdn.errors import InputError
+from amsdn.evaluation.certification import WHOLE, Shard
+from amsdn.evaluation.headline import describe_certificate
+from amsdn.evaluation.smoothing_attack import RecheckConfig
+from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.evaluation.statistics import share
+from amsdn.evaluation.summary import headline_radii, summarise_certificates
 from amsdn.recipes import Recipe
+from amsdn.recipes.defences import DefenceAttacks, PatchDefence, PixelDefence
 from amsdn.records import CertRecord
 from amsdn.utils.helpers import pick_device
-
-RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,17 @@ class CertifyOptions:
     model: str  # a model folder, or module:function that returns a torch classifier
     data: str  # digits, cifar10, folder:DIR or arrays:DIR
     out: Path  # the run folder; that of amsdn evaluate, if one report is to show both
+    certificates: tuple[Kind, ...] = KINDS  # any of l2, patch, l0
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
     limit: int | None = None  # use at most this many images of every split
     image_size: int | None = None  # pixels a side; default: the data set's own
     samples: int | None = None  # how many test images to certify
+    shard: str = "1/1"  # i/n: certify every n-th image from the i-th; when all n are done, run once more without it
     smoothing: SmoothingConfig = SmoothingConfig()
-    recheck: RecheckConfig = RecheckConfig()
+    patch: PatchDefence = PatchDefence()
+    pixels: PixelDefence = PixelDefence()
+    recheck: RecheckConfig = RecheckConfig()  # attacks on the smoothed classifier
+    attacks: DefenceAttacks = DefenceAttacks()  # attacks on the other two certified classifiers
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -37,19 +46,27 @@ def run(args: Sequence[str]) -> None:
     """Certify one model."""
     recipe, rest = split_recipe(args)
     description = (
-        "Certify the Gaussian-smoothed classifier (Cohen et al. 2019) and attack what was certified.\n\n"
-        f"Example: amsdn certify {recipe.name} --smoothing.sigma 1/4 --samples 50\n\n{recipe_help()}"
+        "Certify a classifier: smoothed against l2 changes (Cohen et al. 2019), under double masking against patches (Xiang et al. 2022), by votes\n"
+        "over disjoint pixels against few of them (Hammoudeh and Lowd 2024); and attack what was certified.\n\n"
+        f"Example: amsdn certify {recipe.name} --certificates patch l0 --patch.size 5 --samples 50\n\n{recipe_help()}"
     )
     options = parse(_defaults(recipe), rest, f"certify {recipe.name}", description)
     positive(options.samples, "--samples")
+    shard = _shard(options.shard)
+    if not options.certificates:
+        raise InputError(f"--certificates: name at least one of {', '.join(KINDS)}")
     device = pick_device(options.device)
     model = open_model(options.model, device)
     dataset = open_data(options.data, options.data_root, options.limit, device, options.image_size)
     check_classes(model, dataset, options.model)
     measured = Measured(model, options.model, dataset, options.out, device)
-    certificates = certify(measured, options.smoothing, options.samples, options.recheck)
-    print(_table(certificates, options.smoothing))
-    print(f"rows: {options.out / 'cert.jsonl'}; cross-check: {options.out / 'crosscheck.json'}, no violation")
+    how = Certifying(options.smoothing, options.recheck, options.patch, options.pixels, options.attacks)
+    certificates = certify(measured, options.certificates, how, options.samples, shard)
+    print(_table(certificates))
+    if shard == WHOLE:
+        print(f"rows: {options.out / 'cert.jsonl'}; cross-check: {options.out / 'crosscheck.json'}, no violation")
+    else:
+        print(f"shard {options.shard} is done; when all are, the same command without --shard attacks what was certified")
 
 
 def _defaults(recipe: Recipe) -> CertifyOptions:
@@ -60,12 +77,31 @@ def _defaults(recipe: Recipe) -> CertifyOptions:
         out=root / "evaluation",
         samples=recipe.certified_samples,
         smoothing=recipe.smoothing,
+        patch=recipe.patch,
+        pixels=recipe.pixels,
         recheck=recipe.recheck,
+        attacks=recipe.defence_attacks,
     )
 
 
-def _table(certificates: Sequence[CertRecord], config: SmoothingConfig) -> str:
-    lines = [f"certified accuracy of the smoothed classifier, sigma {config.sigma:g}, {len(certificates)} images:"]
-    for radius in RADII:
-        lines.append(f"  l2 radius {radius:<4g}  {share([c.correct and c.radius >= radius for c in certificates])}")
+def _shard(text: str) -> Shard:
+    """``i/n`` as numbers; raises InputError for anything else."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise InputError(f"--shard {text}: must be i/n with i from 1 to n, for instance 1/4")
+    return int(part), int(parts)
+
+
+def _table(certificates: Sequence[CertRecord]) -> str:
+    """Certified accuracy by certificate and radius, with its price."""
+    lines = []
+    for kind, found in summarise_certificates(certificates, {}).items():
+        lines.append(
+            f"{kind}: {found['samples']} images, {found['mean_samples']:.0f} passes and {found['mean_seconds']:.2g} s an image on average"
+        )
+        rows = [c for c in certificates if c.certificate == kind]
+        lines.append(f"  {'right, certified or not':<28} {share([c.correct for c in rows])}")
+        for radius in headline_radii(kind, found["largest"]):
+            proved = share([c.correct and c.radius >= radius for c in rows])
+            lines.append(f"  certified {describe_certificate(kind, radius):<18} {proved}")
     return "\n".join(lines)

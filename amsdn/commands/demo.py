@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from amsdn.commands.certifying import KINDS, Certifying, certify
 from amsdn.commands.common import open_data
-from amsdn.commands.measuring import Measured, certify, fitting, measure
+from amsdn.commands.measuring import Measured, fitting, measure
 from amsdn.commands.options import parse
 from amsdn.commands.stages import StageRun, run_stage
 from amsdn.data import Dataset
@@ -43,12 +44,13 @@ def run(args: Sequence[str]) -> None:
     recipe, device = get_recipe(options.recipe), pick_device(options.device)
     dataset = open_data(options.data or recipe.data, options.data_root, options.limit, device)
     models = _train(recipe, dataset, options.out, device)
+    how = Certifying(recipe.smoothing, recipe.recheck, recipe.patch, recipe.pixels, recipe.defence_attacks)
     for name, folder in models.items():
         _step(f"attack {name}")
         measured = Measured(load_model(folder, device), str(folder), dataset, options.out / name, device)
         measure(measured, fitting(recipe.attacks, measured.model), recipe.evaluate, recipe.samples, recipe.headline)
         _step(f"certify {name}")
-        certify(measured, recipe.smoothing, recipe.certified_samples, recipe.recheck)
+        certify(measured, KINDS, how, recipe.certified_samples)
     runs = {name: options.out / name for name in (DEFENDED, CONTROL)}
     page = build_report(runs, options.out, title=f"AMSDN on {dataset.name}")
     print(f"\n{terminal_table(runs)}")

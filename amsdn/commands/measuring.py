@@ -1,4 +1,4 @@
-"""Evaluating and certifying one model into a run folder: what ``evaluate``, ``certify``, ``attack`` and the demo share."""
+"""Measuring one model into a run folder: what ``evaluate``, ``certify``, ``attack`` and the demo share."""
 
 import time
 from collections.abc import Mapping
@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from amsdn.attacks import Attack, PGDL2Attack
+from amsdn.attacks import Attack
 from amsdn.commands.common import describe_data, describe_model, provenance, read_json
 from amsdn.data import Dataset
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import SmoothedClassifier, SmoothingConfig, certify_split
-from amsdn.evaluation.crosscheck import RecheckConfig, conclude, cross_check, false_alarm_bound, recheck_smoothed
+from amsdn.evaluation.certification import ALL_SETTINGS
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
 from amsdn.evaluation.run_folder import model_fingerprint
 from amsdn.protocols import detector_of
-from amsdn.records import CertRecord, EvalRecord, canonical, read_records, write_json
+from amsdn.records import EvalRecord, canonical, write_json
 
 
 @dataclass(frozen=True)
@@ -52,38 +51,10 @@ def measure(
     return records
 
 
-def certify(run: Measured, config: SmoothingConfig, samples: int | None, recheck: RecheckConfig) -> list[CertRecord]:
-    """Certify the first ``samples`` test images (None: all), attack what was certified, and write both.
-
-    Raises CertificateViolation, after everything is on disk, where an attack refutes a certificate.
-    """
-    check_same_model(run)
-    count = min(samples or len(run.dataset.test), len(run.dataset.test))
-    started = time.monotonic()
-    certificates = certify_split(run.model, run.dataset.test, run.out, config, sample_ids=range(count))
-    smoothed = SmoothedClassifier(run.model, config.sigma, config.batch_size)
-    base = {"pgd-l2": PGDL2Attack(epsilon=config.sigma, alpha=config.sigma / 4, num_steps=20)}
-    everything = read_records(run.out / "cert.jsonl", CertRecord)  # an earlier call may have certified more samples
-    checks = recheck_smoothed(smoothed, run.dataset.test, everything, base, recheck)
-    rows = run.out / "eval.jsonl"
-    direct = cross_check(read_records(rows, EvalRecord) if rows.exists() else [], everything)
-    update_run_json(
-        run,
-        "certify",
-        seed=config.seed,
-        samples=count,
-        smoothing=canonical(config),
-        recheck=canonical(recheck),
-        seconds=time.monotonic() - started,
-    )
-    conclude(run.out, direct, checks, false_alarm_bound(checks, config.alpha, recheck.alpha))
-    return certificates
-
-
 def check_same_model(run: Measured) -> None:
     """Raise InputError if the folder holds results of another model: attacks and certificates there are one model's."""
     fingerprint = model_fingerprint(run.model)
-    for settings in (run.out / "eval_config.json", run.out / "cert_config.json"):
+    for settings in (run.out / "eval_config.json", *sorted(run.out.glob(ALL_SETTINGS))):
         if settings.exists() and (found := read_json(settings).get("model")) != fingerprint:
             raise InputError(f"{run.out}: holds results of another model ({found}, this one is {fingerprint}); use another --out")
 

@@ -1,51 +1,46 @@
 """Certified implies not broken: the check that every certificate must pass against every attack.
 
-What may be compared depends on what was certified, and ``CLAIMS`` says that for each kind of certificate:
+A certificate is about a *certified classifier*. Its own answers on attacked images can contradict it, those of the base classifier
+inside it cannot. ``CLAIMS`` says for each kind of certificate what would:
 
-- A certificate of the *base* classifier (patch, l0) is contradicted by any attack row of the same sample whose image
-  spends no more than the radius and whose prediction is another. ``cross_check`` looks for such rows.
-- A certificate of the *smoothed* classifier (l2) says nothing about the base classifier that attacks are run against.
-  ``recheck_smoothed`` attacks the smoothed classifier inside the certified ball and asks it again there.
+- double masking and pixel votes (patch, l0) are classifiers that attacks are run against like any other; an attack row of the
+  same sample contradicts the certificate if its image spends no more than the radius and its prediction is another
+  (``cross_check``). A certificate of *detection* allows one more thing: that the alarm is raised.
+- the smoothed classifier (l2) has no exact answer to record; ``smoothing_attack`` attacks and asks it.
 
 A contradiction raises ``CertificateViolation`` after the evidence is on disk.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from amsdn.attacks.adaptive import frozen
-from amsdn.attacks.base import Attack
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import ABSTAIN, SmoothedClassifier
-from amsdn.evaluation.run_folder import Samples, writing_to
-from amsdn.protocols import check_eval_mode, device_of, surrogate_of
+from amsdn.evaluation.certifier import ABSTAIN
+from amsdn.evaluation.run_folder import writing_to
 from amsdn.records import CertRecord, EvalRecord, write_json
-from amsdn.threats import L2Ball
-from amsdn.utils.helpers import generator
 
 RESULT = "crosscheck.json"
-SMOOTHED_PGD = "smoothed-pgd"
-INSIDE = 1 - 1e-4  # attacks stay this share of the radius inside the ball, so that rounding cannot put them outside
+DEFENCE_RUNS: Mapping[str, str] = {"patch": "patch-defence", "l0": "l0-defence"}
+"""Where in a run folder the attacks on a certified classifier are recorded, by certificate."""
 
 
 @dataclass(frozen=True)
-class Claim:
+class Promise:
     """What a kind of certificate is about."""
 
     family: str  # the threat family whose unit the radius has
-    smoothed: bool  # whether the smoothed rather than the base classifier is certified
+    smoothed: bool = False  # a random classifier, whose answers attack rows do not hold
+    or_alarm: bool = False  # an attacked image may also be detected instead of answered
 
 
-CLAIMS: Mapping[str, Claim] = {
-    "l2": Claim("l2", smoothed=True),
-    "patch": Claim("patch", smoothed=False),
-    "l0": Claim("sparse", smoothed=False),
+CLAIMS: Mapping[str, Promise] = {
+    "l2": Promise("l2", smoothed=True),
+    "patch": Promise("patch"),
+    "patch-detection": Promise("patch", or_alarm=True),
+    "l0": Promise("sparse"),
 }
 
 
@@ -60,6 +55,19 @@ class Violation:
     attack: str
     spent: float
     prediction: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the cross-check of one kind of certificate found."""
+
+    certificate: str
+    samples: int  # certificates that some attacked image could have contradicted
+    checks: int  # such images
+    found: tuple[Violation, ...]
+    abstained: int = 0  # of the checks: smoothed answers too close to call
+    false_alarm_bound: float = 0.0  # the most that the chance of any violation can be if the code is sound
+    rows: tuple[Mapping[str, Any], ...] = ()  # every check that no other file holds
 
 
 class CertificateViolation(RuntimeError):
@@ -77,173 +85,75 @@ class CertificateViolation(RuntimeError):
         self.violations = tuple(violations)
 
 
-def cross_check(eval_records: Iterable[EvalRecord], cert_records: Iterable[CertRecord]) -> list[Violation]:
-    """Every row that contradicts a certificate of the base classifier, in the order of the rows.
-
-    Certificates of the smoothed classifier and abstentions claim nothing here. Unattacked rows count as spending 0.
-    Raises InputError for a kind of certificate that ``CLAIMS`` does not know.
-    """
-    certified: dict[int, list[CertRecord]] = {}
-    for certificate in cert_records:
-        if not claim_of(certificate).smoothed and certificate.prediction != ABSTAIN:
-            certified.setdefault(certificate.sample_id, []).append(certificate)
-    return [
-        Violation(row.sample_id, c.certificate, c.radius, c.prediction, row.attack, row.spent, row.prediction)
-        for row in eval_records
-        for c in certified.get(row.sample_id, ())
-        if row.family in (claim_of(c).family, "clean") and row.spent <= c.radius and row.prediction != c.prediction
-    ]
-
-
-def claim_of(certificate: CertRecord) -> Claim:
+def claim_of(certificate: CertRecord) -> Promise:
     """What this certificate is about; InputError for an unknown kind."""
     if certificate.certificate not in CLAIMS:
         raise InputError(f"unknown certificate {certificate.certificate!r} in the records; known: {', '.join(CLAIMS)}")
     return CLAIMS[certificate.certificate]
 
 
-@dataclass(frozen=True)
-class RecheckConfig:
-    """How hard certified samples are attacked, and how sure a contradiction must be."""
+def cross_check(eval_records: Iterable[EvalRecord], cert_records: Iterable[CertRecord]) -> list[Checked]:
+    """Compare the rows of the certified classifier under attack with its certificates, one result per kind among ``cert_records``.
 
-    steps: int = 20  # of PGD on the smoothed classifier
-    draws: int = 16  # noise samples per step
-    n: int = 1000  # noise samples of each new prediction
-    alpha: float = 1e-6  # probability that one new prediction is wrong and not an abstention
-    batch_size: int = 16  # samples attacked together, each with all its draws
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.draws, self.n, self.batch_size) < 1 or not 0 < self.alpha < 1:
-            raise InputError(f"recheck: counts must be at least 1 and alpha between 0 and 1, got {self}")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One image inside a certified ball and what the smoothed classifier said there (-1: abstained, which contradicts nothing)."""
-
-    sample_id: int
-    attack: str
-    radius: float
-    spent: float
-    certified_prediction: int
-    prediction: int
-
-    @property
-    def violated(self) -> bool:
-        return self.prediction not in (ABSTAIN, self.certified_prediction)
-
-
-def recheck_smoothed(
-    smoothed: SmoothedClassifier,
-    split: Samples,
-    certificates: Iterable[CertRecord],
-    attacks: Mapping[str, Attack] | None = None,
-    config: RecheckConfig | None = None,
-    *,
-    progress: bool = True,
-) -> list[Check]:
-    """Attack every certified sample inside its ball and ask the smoothed classifier again there.
-
-    Two kinds of image are tried per sample. ``smoothed-pgd`` follows the smoothed classifier's own gradient (SmoothAdv,
-    Salman et al. 2019). Each of ``attacks`` (l2) is run on the base classifier against the certified prediction, and the
-    direction it finds is followed to the radius: attacks stop just behind the base classifier's boundary, elsewhere than here.
-
-    False alarms: a new prediction errs with probability at most ``config.alpha`` (Cohen 2019, Proposition 1), and each certificate
-    was itself wrong with probability at most its alpha; ``false_alarm_bound`` adds these up. Raises InputError where an
-    attack is not an l2 attack or its name is taken.
+    Unattacked rows count as spending 0: the answer on the image itself is part of every claim. Certificates of the smoothed
+    classifier and abstentions claim nothing here. Raises InputError for a kind of certificate that ``CLAIMS`` does not know.
     """
-    config, attacks = config or RecheckConfig(), attacks or {}
-    check_eval_mode(smoothed.model, "recheck_smoothed")
-    for name, attack in attacks.items():
-        if name == SMOOTHED_PGD or attack.threat.family != "l2":
-            raise InputError(f"recheck: {name!r} must be an l2 attack not named {SMOOTHED_PGD!r}; leave it out")
-    claims = [c for c in certificates if claim_of(c).smoothed and c.prediction != ABSTAIN and c.radius > 0]
-    checks: list[Check] = []
-    with tqdm(total=len(claims), desc="cross-check l2", unit="image", disable=not progress) as bar:
-        for start in range(0, len(claims), config.batch_size):
-            chunk = claims[start : start + config.batch_size]
-            checks += _recheck_chunk(smoothed, split, chunk, attacks, config)
-            bar.update(len(chunk))
-    return checks
+    rows: dict[int, list[EvalRecord]] = {}
+    for row in eval_records:
+        rows.setdefault(row.sample_id, []).append(row)
+    by_kind: dict[str, list[tuple[CertRecord, EvalRecord]]] = {}
+    for certificate in cert_records:
+        promise = claim_of(certificate)
+        if promise.smoothed:
+            continue
+        pairs = by_kind.setdefault(certificate.certificate, [])
+        if certificate.prediction != ABSTAIN:
+            inside = (
+                r for r in rows.get(certificate.sample_id, ()) if r.family in (promise.family, "clean") and r.spent <= certificate.radius
+            )
+            pairs += [(certificate, row) for row in inside]
+    return [_checked(kind, pairs) for kind, pairs in by_kind.items()]
 
 
-def smoothed_pgd(
-    smoothed: SmoothedClassifier, x: Tensor, label: Tensor, radius: Tensor, generator: torch.Generator, *, steps: int = 20, draws: int = 16
-) -> Tensor:
-    """Lower the smoothed probability of ``label`` [B] within l2 ``radius`` [B] of x [B,3,H,W] -> [B,3,H,W].
+def conclude(out: Path, results: Sequence[Checked]) -> dict[str, Any]:
+    """Write the results into ``out/crosscheck.json`` beside those of other kinds, and return its content; then raise
+    CertificateViolation if any of ``results`` has a violation.
 
-    Projected gradient steps of twice the radius over ``steps`` on the log of the mean probability over fresh noise
-    (Salman et al. 2019, eq. 6).
+    Keys: ``violations`` (count over all kinds) and ``certificates``: by kind, the fields of ``Checked`` with the count of ``found``
+    as ``violations``. Raises InputError where a file there is none of ours.
     """
-    ball = L2Ball(radius)
-    length = (2 * radius / steps).reshape(-1, 1, 1, 1)
-    x_adv = x  # no random start: the noise already keeps the gradient from vanishing at x
-    differentiable = surrogate_of(smoothed.model) or smoothed.model
-    with frozen(smoothed.model, differentiable), torch.enable_grad():
-        for _ in range(steps):
-            leaf = x_adv.detach().requires_grad_(True)
-            noise = torch.randn((draws, *x.shape), generator=generator, device=x.device)
-            logits = differentiable((leaf + smoothed.sigma * noise).flatten(0, 1)).float()
-            log_p = logits.log_softmax(1).unflatten(0, (draws, len(x)))[:, torch.arange(len(x), device=x.device), label]  # [draws,B]
-            (gradient,) = torch.autograd.grad(log_p.logsumexp(0).sum(), leaf)
-            x_adv = ball.project(leaf.detach() - length * ball.steepest(gradient), x)
-    return x_adv
-
-
-def false_alarm_bound(checks: Sequence[Check], certificate_alpha: float, recheck_alpha: float) -> float:
-    """The most that the probability of any violation can be if the code is sound, by the union bound."""
-    certificates = len({check.sample_id for check in checks})
-    return min(1.0, certificates * certificate_alpha + len(checks) * recheck_alpha)
-
-
-def conclude(out: Path, direct: Sequence[Violation], checks: Sequence[Check] = (), chance: float = 0.0) -> dict[str, Any]:
-    """Write ``out/crosscheck.json`` and return it; then raise CertificateViolation if there is any violation.
-
-    Keys: violations (count), samples (smoothed certificates attacked), checks (new predictions made), abstained (of these),
-    false_alarm_bound, found (the violations), rows (every check).
-    """
-    found = [*direct, *(_violation(check) for check in checks if check.violated)]
-    result = {
-        "violations": len(found),
-        "samples": len({check.sample_id for check in checks}),
-        "checks": len(checks),
-        "abstained": sum(check.prediction == ABSTAIN for check in checks),
-        "false_alarm_bound": chance,
-        "found": [asdict(violation) for violation in found],
-        "rows": [asdict(check) for check in checks],
-    }
+    path = out / RESULT
+    kinds = {**_known(path), **{result.certificate: _plain(result) for result in results}}
+    content = {"violations": sum(kind["violations"] for kind in kinds.values()), "certificates": kinds}
     with writing_to(out):
-        write_json(out / RESULT, result)
-    if found:
-        raise CertificateViolation(found, chance)
-    return result
+        write_json(path, content)
+    if found := [violation for result in results for violation in result.found]:
+        raise CertificateViolation(found, max(result.false_alarm_bound for result in results if result.found))
+    return content
 
 
-def _recheck_chunk(
-    smoothed: SmoothedClassifier, split: Samples, claims: Sequence[CertRecord], attacks: Mapping[str, Attack], config: RecheckConfig
-) -> list[Check]:
-    device = device_of(smoothed.model)
-    x = split.fetch(torch.tensor([c.sample_id for c in claims]))[0].to(device)
-    label = torch.tensor([c.prediction for c in claims], device=device)
-    radius = torch.tensor([c.radius * INSIDE for c in claims], device=device)
-    first = claims[0].sample_id
-    draw = generator(device, "recheck", config.seed, SMOOTHED_PGD, first)
-    candidates = {SMOOTHED_PGD: smoothed_pgd(smoothed, x, label, radius, draw, steps=config.steps, draws=config.draws)}
-    for name, attack in attacks.items():
-        found = attack.craft(smoothed.model, x, label, generator(device, "recheck", config.seed, name, first))
-        ball = L2Ball(radius)
-        candidates[name] = ball.project(x + ball.steepest(found - x) * radius.reshape(-1, 1, 1, 1), x)
-    checks = []
-    for name, x_adv in candidates.items():
-        spent = (x_adv.double() - x.double()).flatten(1).norm(dim=1).tolist()
-        for i, c in enumerate(claims):
-            assert spent[i] <= c.radius, f"sample {c.sample_id}: {name} left the certified ball, {spent[i]} > {c.radius}"
-            draw = generator(device, "recheck", config.seed, name, "predict", c.sample_id)
-            answer = smoothed.predict(x_adv[i], draw, n=config.n, alpha=config.alpha)
-            checks.append(Check(c.sample_id, name, c.radius, spent[i], c.prediction, answer))
-    return checks
+def _checked(kind: str, pairs: Sequence[tuple[CertRecord, EvalRecord]]) -> Checked:
+    alarm = CLAIMS[kind].or_alarm
+    found = tuple(
+        Violation(row.sample_id, kind, c.radius, c.prediction, row.attack, row.spent, row.prediction)
+        for c, row in pairs
+        if row.prediction != c.prediction and not (alarm and row.detected)
+    )
+    attacked = [c.sample_id for c, row in pairs if row.family != "clean" and c.radius > 0]
+    return Checked(kind, len(set(attacked)), len(attacked), found)
 
 
-def _violation(check: Check) -> Violation:
-    return Violation(check.sample_id, "l2", check.radius, check.certified_prediction, check.attack, check.spent, check.prediction)
+def _plain(result: Checked) -> dict[str, Any]:
+    """The result as JSON holds it."""
+    return {**asdict(result), "found": [asdict(v) for v in result.found], "rows": list(result.rows), "violations": len(result.found)}
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """The results by kind that are there already."""
+    if not path.exists():
+        return {}
+    try:
+        kinds = json.loads(path.read_bytes())["certificates"]
+        return {name: kind | {"violations": int(kind["violations"])} for name, kind in kinds.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise InputError(f"{path}: not a cross-check result ({type(e).__name__}); delete it and run amsdn certify again") from e

@@ -5,13 +5,12 @@ The HTML page and the terminal print the same rows, computed once here from the 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from amsdn.evaluation.summary import complete_table
+from amsdn.evaluation.summary import complete_table, headline_radii
 from amsdn.records import CertRecord, EvalRecord
 
-CERTIFIED_RADII = (0.25, 0.5, 0.75, 1.0)
 GROUPS = {"accuracy": "Right answers", "certified": "Right answers with a certificate", "detection": "Alarms"}
 _UNITS = {
     "linf": "largest change of a channel",
@@ -19,7 +18,7 @@ _UNITS = {
     "sparse": "pixels changed",
     "patch": "side of the square in pixels",
 }
-_NAMES = {"linf": "ℓ∞", "l2": "ℓ₂", "l0": "ℓ₀", "sparse": "changed pixels", "patch": "patch"}
+_NAMES = {"linf": "ℓ∞", "l2": "ℓ₂", "l0": "ℓ₀", "sparse": "changed pixels", "patch": "patch", "patch-detection": "patch, or alarm"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Run:
     certificates: Sequence[CertRecord]
     summary: Mapping[str, Any]
     crosscheck: Any | None
+    defences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by certificate: summary of the attacks on what it certifies
 
     @property
     def sample_ids(self) -> frozenset[int]:
@@ -88,6 +88,15 @@ def describe(family: str, budget: float) -> str:
     if family == "sparse":
         return f"{budget:g} changed pixel{'' if budget == 1 else 's'}"
     return f"{_NAMES.get(family, family)} {short_budget(family, budget)}"
+
+
+def describe_certificate(kind: str, radius: float) -> str:
+    """What is certified as people write it: ``ℓ₂ ≤ 0.25``, ``patch 5×5``, ``patch 5×5 or alarm``, ``4 changed pixels``."""
+    if kind == "l2":
+        return f"{_NAMES[kind]} ≤\u00a0{radius:g}"
+    if kind == "patch-detection":
+        return f"{describe('patch', radius)} or alarm"
+    return describe({"l0": "sparse"}.get(kind, kind), radius)
 
 
 def short_budget(family: str, budget: float) -> str:
@@ -219,13 +228,15 @@ def _certified_rows(runs: Sequence[Run]) -> list[Row]:
     first = runs[0]
     for certificate, found in first.summary["certified"].items():
         same = [_certified_images(first, certificate) == _certified_images(r, certificate) for r in runs[1:]]
-        for radius in CERTIFIED_RADII:
+        shown = 0
+        for radius in headline_radii(certificate, found["largest"]):
             cells = [_certified_at(r, certificate, radius) for r in runs]
-            if cells[0] is None or (rows and not any(c.value for c in cells if c)):
+            if cells[0] is None or (shown and not any(c.value for c in cells if c)):
                 continue  # beyond every certificate
-            note = f"{count(found['mean_samples'])} noisy copies an image"
-            label = f"Certified {family_name(certificate)} ≤\u00a0{radius:g}"
+            note = f"{count(found['mean_samples'])} passes an image"
+            label = f"Certified {describe_certificate(certificate, radius)}"
             rows.append(_row(runs, f"certified:{certificate}:{radius:g}", label, note, "certified", cells, same))
+            shown += 1
     return rows
 
 

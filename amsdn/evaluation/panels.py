@@ -83,42 +83,9 @@ def budget_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         budgets = sorted({p.x for c in curves for p in c.points})
         axis = Axis(family_unit(family), 0.0, budgets[-1], tuple((b, short_budget(family, b)) for b in budgets))
         charts.append(
-            _chart(capital(family_name(family)), curves, axis, y_title="robust accuracy, %", x_label=lambda x, f=family: short_budget(f, x))
+            chart(capital(family_name(family)), curves, axis, y_title="robust accuracy, %", x_label=lambda x, f=family: short_budget(f, x))
         )
     return charts
-
-
-def certificate_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Certified accuracy against radius, one chart per certificate."""
-    charts = []
-    for certificate in dict.fromkeys(c for run in runs for c in run.summary["certified"]):
-        curves = []
-        for slot, run in enumerate(runs):
-            curve = run.summary["certified"].get(certificate, {}).get("curve", ())
-            points = [Point(p["radius"], c.value, c.low, c.high) for p in curve if (c := cell_of(p["accuracy"]))]
-            if points:
-                curves.append(Curve(run.name, tuple(points), slot, markers=False))
-        if curves:
-            highest = max(p.x for c in curves for p in c.points)
-            axis = Axis(
-                f"certified {family_name(certificate)} radius", 0.0, highest, tuple((t, f"{t:g}") for t in figures.nice_ticks(0.0, highest))
-            )
-            charts.append(
-                _chart(capital(family_name(certificate)), curves, axis, y_title="certified accuracy, %", x_label=lambda x: f"{x:g}")
-            )
-    return charts
-
-
-def certificate_facts(runs: Sequence[Run]) -> list[str]:
-    """What the certificates cost and how often they abstained, one sentence per run and certificate."""
-    facts = []
-    for run in runs:
-        for certificate, found in run.summary["certified"].items():
-            cost = f"{count(found['mean_samples'])} noisy copies and {found['mean_seconds']:.2g} s an image"
-            abstained = cell_of(found["abstained"])
-            share = f", {percent(abstained.value)} % abstentions" if abstained else ""
-            facts.append(f"{run.name}, {family_name(certificate)}: {found['samples']} images, {cost} on average{share}.")
-    return facts
 
 
 def roc_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -155,21 +122,6 @@ def run_legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
     return [(figures.swatch(slot), run.name) for slot, run in enumerate(runs)]
 
 
-def crosscheck(run: Run) -> dict[str, str]:
-    """The outcome of the cross-check in words, with a sign for the eye."""
-    found = run.crosscheck
-    if found is None:
-        return {"css": "none", "sign": "–", "text": f"{run.name}: not run."}
-    images, tries, abstained = (count(found[key]) for key in ("samples", "checks", "abstained"))
-    scope = f"in {tries} attacked images inside the certified balls of {images} images, with {abstained} abstentions"
-    chance = found.get("false_alarm_bound")
-    luck = f" Sound code would show one with probability at most {chance:.2g}." if chance else ""
-    if found["violations"]:
-        verdict = f"{run.name}: {found['violations']} violations {scope}.{luck} Do not use the certified rows."
-        return {"css": "tick-no", "sign": "✕", "text": verdict}
-    return {"css": "tick-yes", "sign": "✓", "text": f"{run.name}: no violation {scope}.{luck}"}
-
-
 def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     """What the numbers do not show, said from the numbers where possible."""
     first = runs[0]
@@ -181,7 +133,6 @@ def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
         "Intervals cover the choice of images, not the luck of training: each column is one trained model.",
     ]
     said += _limits_of_detection(first, rows)
-    said += _limits_of_certificates(first)
     if first.summary["dropped"]:
         said.append(f"{first.summary['dropped']} images lack rows for some attack and are counted nowhere.")
     if any(d and not d.comparable for row in rows if row.group != "detection" for d in row.differences):
@@ -201,21 +152,8 @@ def _limits_of_detection(run: Run, rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _limits_of_certificates(run: Run) -> list[str]:
-    certificates = run.summary["certified"]
-    open_families = [family_name(f) for f in run.summary["headline"] if {"sparse": "l0"}.get(f, f) not in certificates]
-    said = []
-    if "l2" in certificates:
-        said.append(
-            "The certificate is about the smoothed classifier, which answers by majority over noisy copies; "
-            "the attack rows are about the model as it is. These are different classifiers on the same weights."
-        )
-    if open_families:
-        said.append(f"Nothing is certified against: {', '.join(open_families)}.")
-    return said
-
-
-def _chart(title: str, curves: Sequence[Curve], axis: Axis, *, y_title: str, x_label: Any) -> dict[str, Any]:
+def chart(title: str, curves: Sequence[Curve], axis: Axis, *, y_title: str, x_label: Any) -> dict[str, Any]:
+    """A line chart with its caption and the table that says the same in numbers."""
     positions = sorted({p.x for c in curves for p in c.points})
     shown = positions if len(positions) <= 8 else [x for x, _ in axis.ticks if any(math.isclose(x, p, abs_tol=1e-9) for p in positions)]
     table = [(x_label(x), [_at(curve, x) for curve in curves]) for x in shown]

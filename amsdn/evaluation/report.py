@@ -4,7 +4,7 @@
 are inside) and ``report.json`` with every number of the page. The same folders always give the same bytes.
 
 A run folder holds ``run.json`` (provenance), ``eval.jsonl`` (EvalRecord rows) and, where they were made, ``cert.jsonl``
-(CertRecord rows), ``crosscheck.json`` and ``examples/<attack>.npz``. All keys of run.json are optional; read here are
+(CertRecord rows; shards beside it), ``crosscheck.json``, the attacks on the certified classifiers, and ``examples/<attack>.npz``. All keys of run.json are optional; read here are
 ``command`` (text or a list), ``commit``, ``date``, ``seed``, ``versions``, ``hardware``, ``seconds``,
 ``model {config, parameters, fingerprint, detection_threshold, false_positive_rate}``, ``data {name, split, samples, classes}``
 and ``headline {family: budget}``.
@@ -20,12 +20,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from amsdn.errors import InputError
-from amsdn.evaluation import panels
+from amsdn.evaluation import certificate_panels, panels
+from amsdn.evaluation.certification import read_certificates
+from amsdn.evaluation.crosscheck import DEFENCE_RUNS, RESULT
 from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, count, headline_rows, percent
 from amsdn.evaluation.pictures import picture_groups
 from amsdn.evaluation.summary import summarise
 from amsdn.evaluation.terminal import as_text
-from amsdn.records import CertRecord, EvalRecord, read_records, write_atomic
+from amsdn.records import EvalRecord, read_records, write_atomic
 
 
 def build_report(runs: Mapping[str, Path], out: Path, *, title: str) -> Path:
@@ -83,14 +85,27 @@ def _load_run(name: str, folder: Path, headline: Mapping[str, float] | None) -> 
     records = read_records(folder / "eval.jsonl", EvalRecord)
     if not any(r.family == "clean" for r in records):
         raise InputError(f"{folder / 'eval.jsonl'}: holds no clean rows; run `amsdn evaluate` to its end first")
-    certificates = read_records(folder / "cert.jsonl", CertRecord) if (folder / "cert.jsonl").exists() else []
-    crosscheck = _read_json(folder / "crosscheck.json") if (folder / "crosscheck.json").exists() else None
-    if crosscheck is not None and not (
-        isinstance(crosscheck, dict) and {"violations", "samples", "checks", "abstained"} <= crosscheck.keys()
-    ):
-        raise InputError(f"{folder / 'crosscheck.json'}: not a cross-check result; delete it and run `amsdn certify` again")
+    certificates = read_certificates(folder)
     summary = summarise(records, certificates, headline=headline or info.get("headline"))
-    return Run(name, info, records, certificates, summary, crosscheck)
+    return Run(name, info, records, certificates, summary, _crosscheck(folder / RESULT), _defences(folder))
+
+
+def _crosscheck(path: Path) -> Any | None:
+    """The cross-check's result; None where it was not run."""
+    if not path.exists():
+        return None
+    found = _read_json(path)
+    kinds = found.get("certificates") if isinstance(found, dict) else None
+    needed = {"violations", "samples", "checks", "abstained"}
+    if not isinstance(kinds, dict) or not all(isinstance(kind, dict) and needed <= kind.keys() for kind in kinds.values()):
+        raise InputError(f"{path}: not a cross-check result; delete it and run `amsdn certify` again")
+    return found
+
+
+def _defences(folder: Path) -> dict[str, dict[str, Any]]:
+    """By certificate, the summary of the attacks on the classifier that it certifies."""
+    runs = {kind: folder / name / "eval.jsonl" for kind, name in DEFENCE_RUNS.items()}
+    return {kind: summarise(read_records(path, EvalRecord)) for kind, path in runs.items() if path.exists()}
 
 
 def _read_json(path: Path) -> Any:
@@ -129,11 +144,11 @@ def _context(title: str, runs: Sequence[Run], rows: Sequence[Row], subject: Path
         "pictures": pictures,
         "any_heat": any(example["heat"] for group in pictures for example in group["examples"]),
         "curves": panels.budget_charts(runs),
-        "certified": panels.certificate_charts(runs),
-        "certificate_facts": panels.certificate_facts(runs),
+        "certified": certificate_panels.certificate_charts(runs),
+        "certificate_facts": certificate_panels.certificate_facts(runs),
         "detectors": panels.roc_charts(runs),
-        "crosschecks": [panels.crosscheck(run) for run in runs],
-        "limits": panels.limits(runs, rows),
+        "crosschecks": [line for run in runs for line in certificate_panels.crosscheck_lines(run)],
+        "limits": [*panels.limits(runs, rows), *certificate_panels.certificate_limits(runs[0])],
         "run_legend": panels.run_legend(runs),
         "legend_marks": [mark for mark, _ in panels.run_legend(runs)],
         "provenance": [_provenance(run) for run in runs],
@@ -157,7 +172,10 @@ def _numbers(title: str, runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, 
 
 
 def _without_rows(crosscheck: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if crosscheck is None else {key: value for key, value in crosscheck.items() if key != "rows"}
+    if crosscheck is None:
+        return None
+    kinds = {name: {key: value for key, value in kind.items() if key != "rows"} for name, kind in crosscheck["certificates"].items()}
+    return {**crosscheck, "certificates": kinds}
 
 
 def _plain(cell: Cell | None) -> dict[str, Any] | None:

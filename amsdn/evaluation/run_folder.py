@@ -67,7 +67,7 @@ def id_range(ids: Sequence[int]) -> str:
     return f"{len(ids)} ids {config_hash(list(ids))}"
 
 
-def claim(out: Path, name: str, settings: dict[str, Any], records: str) -> None:
+def claim(out: Path, name: str, settings: dict[str, Any], records: str | None = None) -> None:
     """Write the settings of a run to ``out/name``, or check that the run already there had the same ones.
 
     Raises InputError where they differ, naming the first setting that does, and where ``records`` lie there without settings.
@@ -75,7 +75,7 @@ def claim(out: Path, name: str, settings: dict[str, Any], records: str) -> None:
     path = out / name
     wanted = json.loads(json.dumps(settings))
     if not path.exists():
-        if (out / records).exists():
+        if records is not None and (out / records).exists():
             raise InputError(f"{out}: has {records} but no {name}, so it cannot be resumed; delete {records} or choose another folder")
         write_json(path, wanted)
         return

@@ -210,8 +210,9 @@ def summarise_detection(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord],
 def summarise_certificates(
     records: Iterable[CertRecord], radii: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE
 ) -> dict[str, dict[str, Any]]:
-    """By certificate: samples, accuracy (right and not abstained), abstained (both proportions), curve (radius, accuracy),
-    mean_samples (forward passes a certificate), mean_seconds and seconds (wall time of all)."""
+    """By certificate: samples, accuracy (right and not abstained), abstained (both proportions), largest (radius), median (radius, an
+    image that is wrong counting as below 0: None), curve (radius, accuracy), mean_samples (forward passes a certificate), mean_seconds
+    and seconds (wall time of all)."""
     by_kind: dict[str, list[CertRecord]] = {}
     for row in records:
         by_kind.setdefault(row.certificate, []).append(row)
@@ -231,6 +232,8 @@ def _certificate(kind: str, rows: Sequence[CertRecord], radii: Sequence[float] |
         "samples": len(rows),
         "accuracy": share([row.correct for row in rows], confidence).as_dict(),
         "abstained": share([row.prediction == -1 for row in rows], confidence).as_dict(),
+        "largest": max(row.radius for row in rows),
+        "median": _median_radius(rows),
         "curve": certified_curve(rows, grid, confidence),
         "mean_samples": _mean([row.samples for row in rows]),
         "mean_seconds": _mean([row.seconds for row in rows]),
@@ -238,11 +241,27 @@ def _certificate(kind: str, rows: Sequence[CertRecord], radii: Sequence[float] |
     }
 
 
+def _median_radius(rows: Sequence[CertRecord]) -> float | None:
+    """The radius that at least half of all images reach with the right answer; None where fewer than half are right."""
+    radii = sorted((row.radius for row in rows if row.correct), reverse=True)
+    half = -(-len(rows) // 2)
+    return radii[half - 1] if len(radii) >= half else None
+
+
 def default_radii(kind: str, largest: float) -> list[float]:
     """Radii from 0 to just beyond the largest certified one (l2: at least to 1), so that a curve ends at zero."""
     if kind == "l2":
         return [round(RADIUS_STEP * i, 10) for i in range(math.floor(max(largest, 1.0) / RADIUS_STEP + 1e-9) + 2)]
     return [float(i) for i in range(math.floor(largest) + 2)]
+
+
+def headline_radii(kind: str, largest: float) -> list[float]:
+    """The radii worth a line of a table, given the largest certified one; at least one, so that having proved nothing shows too."""
+    if kind == "l2":
+        return [0.25, 0.5, 0.75, 1.0]
+    if kind == "l0":
+        return [float(r) for r in (1, 2, 4, 8, 12, 16, 24, 32) if r <= max(largest, 1)]
+    return [max(largest, 1.0)]
 
 
 def _evaluated(budget: float, budgets: Iterable[float]) -> bool:

@@ -3,8 +3,9 @@
 ``python -m amsdn.models.amsdn`` prints shapes and parameter counts.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -16,6 +17,7 @@ from amsdn.models.attention.adaptive_attention import AdaptiveAttention
 from amsdn.models.backbone.convnext_fpn import SMALL, FeaturePyramid, build_backbone
 from amsdn.models.consistency import consistent_prediction
 from amsdn.models.detection import DetectionHead, conformal_threshold
+from amsdn.models.double_masking import ChallengerMasking
 from amsdn.models.layout import space_mean
 from amsdn.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from amsdn.models.purification.selective_purifier import SelectivePurifier
@@ -157,6 +159,11 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         """Whether ``analyze`` can detect anything: with both purification and consistency off it never claims to."""
         return self.purifier is not None or self.config.consistency_samples > 0
 
+    @property
+    def mask_fill(self) -> Tensor:
+        """The colour of covered pixels [1,3,1,1]: the one that normalises to zero. See ``amsdn.protocols.mask_fill_of``."""
+        return self.normalize.mean
+
     def forward(self, x: Tensor) -> Tensor:
         return self.predict(x)
 
@@ -210,6 +217,25 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         """The same values with gradients through the purification gates, for BPDA; None where there are no gates."""
         return StraightThrough(self) if self.purifier is not None else None
 
+    def verified(
+        self,
+        patch: int | tuple[int, int],
+        masks_per_axis: int | tuple[int, int] = 6,
+        *,
+        coarser: tuple[int, ...] = (),
+        confidence: float = 0.8,
+        views_per_pass: int = 128,
+    ) -> ChallengerMasking:
+        """The verified mode of prediction consistency: this model, answering by double masking over the complete covering set.
+
+        It shares this model's weights, fills masks with the colour that training used, and takes the place of the light consistency
+        views, which are left out inside it. Every masked view is purified on its own, so the certificate covers purification. The
+        arguments are those of ``ChallengerMasking``; raises InputError as it does.
+        """
+        plain = copy.copy(self)  # the same weights and buffers under a configuration of its own
+        plain.config = replace(self.config, consistency_samples=0)
+        return ChallengerMasking(plain, patch, masks_per_axis, self.mask_fill, views_per_pass, coarser=coarser, confidence=confidence)
+
     def _stages(self, x: Tensor, straight_through: bool) -> Stages:
         _check_shape(x, self.backbone.strides[-1])
         raw = self.pyramid(self.backbone(self.normalize(x)))
@@ -231,7 +257,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         return self.detector([*stages.level_anomaly_logits, image_map]), image_map
 
     def _consistent(self, logits: Tensor, x: Tensor, straight_through: bool) -> tuple[Tensor, Tensor]:
-        fill = self.normalize.mean.to(x.dtype)  # the colour that normalises to zero
+        fill = self.mask_fill.to(x.dtype)
 
         def classify(view: Tensor) -> Tensor:
             return self._stages(view, straight_through).logits

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 
 from amsdn.errors import InputError
-from amsdn.recipes.cifar10 import cifar10_cpu
+from amsdn.recipes.cifar10 import cifar10_certified, cifar10_cpu
 from amsdn.recipes.digits import digits_demo
 from amsdn.recipes.recipe import Recipe
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"digits-demo": digits_demo, "cifar10-cpu": cifar10_cpu}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits-demo": digits_demo,
+    "cifar10-cpu": cifar10_cpu,
+    "cifar10-certified": cifar10_certified,
+}
 DEFAULT = "digits-demo"
 
 

@@ -4,15 +4,17 @@ from dataclasses import replace
 
 from amsdn.attacks import Attack, PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
 from amsdn.data.augment import Augment
-from amsdn.evaluation.certification import SmoothingConfig
-from amsdn.evaluation.crosscheck import RecheckConfig
+from amsdn.evaluation.smoothing_attack import RecheckConfig
+from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.models.amsdn import AMSDNConfig
+from amsdn.recipes.defences import DefenceAttacks, PatchDefence, PixelDefence
 from amsdn.recipes.recipe import Recipe
 from amsdn.recipes.suites import quick_suite
 from amsdn.training.adversarial_train import AdversarialTrainConfig
 from amsdn.training.finetune_attacks import FinetuneConfig
 from amsdn.training.loop import LoopConfig
 from amsdn.training.pretrain_ssrt import PretrainConfig
+from amsdn.training.views import CertifiableViews, GreedyCutout, PixelParts
 
 HEADLINE = {"patch": 8, "sparse": 20, "linf": 8 / 255, "l2": 0.5}
 AUGMENT = Augment(flip=False, shift=2)  # a mirrored digit is another sign
@@ -32,13 +34,24 @@ def digits_demo() -> Recipe:
         control_model=replace(model, fpn=False, attention=False, purification=False),
         control=AdversarialTrainConfig(loop=LoopConfig(epochs=25, learning_rate=4e-3), augment=AUGMENT, attacks=()),
         pretrain=PretrainConfig(loop=LoopConfig(epochs=4, learning_rate=4e-3), augment=AUGMENT),
-        train=AdversarialTrainConfig(loop=LoopConfig(epochs=30, learning_rate=4e-3), augment=AUGMENT, attacks=(patch, sparse)),
+        train=AdversarialTrainConfig(
+            loop=LoopConfig(epochs=30, learning_rate=4e-3),
+            augment=AUGMENT,
+            attacks=(patch, sparse),
+            views=CertifiableViews(noised=0.0, masked=0.25, ablated=0.0, cutouts=(GreedyCutout(patch=8, masks_per_axis=4, candidates=1),)),
+        ),
         finetune=FinetuneConfig(
             loop=LoopConfig(epochs=8, learning_rate=3e-4),
             augment=AUGMENT,
             attacked_share=0.5,
-            noised_share=0.15,
-            masked_share=0.15,
+            views=CertifiableViews(
+                noised=0.15,
+                masked=0.15,
+                ablated=0.05,
+                consistency=2.0,
+                cutouts=(GreedyCutout(patch=8, masks_per_axis=4, candidates=4),),
+                parts=PixelParts(grids=((4, 4),)),
+            ),
             attacks=(
                 PGDAttack(epsilon=8 / 255, alpha=3 / 255, num_steps=4, stop_when_fooled=False),
                 PGDL2Attack(epsilon=0.75, alpha=0.3, num_steps=4, stop_when_fooled=False),
@@ -50,6 +63,9 @@ def digits_demo() -> Recipe:
         headline=HEADLINE,
         samples=150,
         certified_samples=60,
-        smoothing=SmoothingConfig(sigma=0.25, n0=50, n=1000),
+        smoothing=SmoothingConfig(sigma=0.25, radii=(0.0, 0.25, 0.5), n=2000),
         recheck=RecheckConfig(steps=5, draws=4, n=200),
+        patch=PatchDefence(size=8, masks_per_axis=4),
+        pixels=PixelDefence(rows=4, columns=4),
+        defence_attacks=DefenceAttacks(samples=20, steps=10, queries=30, pixels=(2, 6)),
     )

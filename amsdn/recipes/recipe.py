@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from amsdn.attacks import Attack
-from amsdn.evaluation.certification import SmoothingConfig
-from amsdn.evaluation.crosscheck import RecheckConfig
 from amsdn.evaluation.evaluate import EvaluateConfig
+from amsdn.evaluation.smoothing_attack import RecheckConfig
+from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.models.amsdn import AMSDNConfig
+from amsdn.recipes.defences import DefenceAttacks, PatchDefence, PixelDefence
 from amsdn.training.adversarial_train import AdversarialTrainConfig
 from amsdn.training.finetune_attacks import FinetuneConfig
 from amsdn.training.pretrain_ssrt import PretrainConfig
@@ -32,4 +33,7 @@ class Recipe:
     certified_samples: int = 100
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     smoothing: SmoothingConfig = field(default_factory=SmoothingConfig)
-    recheck: RecheckConfig = field(default_factory=RecheckConfig)  # attacks on what was certified
+    recheck: RecheckConfig = field(default_factory=RecheckConfig)  # attacks on what smoothing certified
+    patch: PatchDefence = field(default_factory=PatchDefence)  # the mask set should be one of the training's
+    pixels: PixelDefence = field(default_factory=PixelDefence)
+    defence_attacks: DefenceAttacks = field(default_factory=DefenceAttacks)  # on these two certified classifiers

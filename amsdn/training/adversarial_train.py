@@ -1,14 +1,14 @@
 """Stage two: adversarial training against patches and sparse pixels, every part of the defence at once.
 
 Half of a batch stays clean (augmented), half is attacked through the whole
-defence. Classification learns both; the anomaly maps learn where the images were truly changed; purified
+defence, and a share may be given to the views that certificates ask about (``views``). Classification learns all; the anomaly maps learn where the images were truly changed; purified
 features of an attacked image are pulled to those an averaged teacher sees on the clean one (Madry et al.
 2018 for the min-max frame; Tarvainen and Valpola 2017 for the averaged teacher).
 
 ``amsdn train`` or ``python -m amsdn.training.adversarial_train`` runs it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN, AMSDNTrace
 from amsdn.threats import changed_pixels
 from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
-from amsdn.training.objectives import detector_losses, feature_pull
+from amsdn.training.objectives import accuracy, detector_losses, feature_pull
+from amsdn.training.views import CertifiableViews, Drawn, deployed
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class AdversarialTrainConfig:
     attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
     attacked_share: float = 0.5  # of every batch
     clean_start: float = 0.15  # share of the run before the first attack, when gradients mean nothing yet
+    views: CertifiableViews = field(default_factory=CertifiableViews)  # none by default
 
     def __post_init__(self) -> None:
+        if self.attacks and self.attacked_share + self.views.share > 1 + 1e-9:
+            raise InputError(
+                f"train: attacked_share {self.attacked_share} and the views' shares {self.views.share:g} exceed the batch; make them smaller"
+            )
         if not 0 < self.attacked_share <= 1 or not 0 <= self.clean_start <= 1:
             raise InputError(
                 f"train: attacked_share must lie in (0, 1] and clean_start in [0, 1], got {self.attacked_share} and {self.clean_start}"
@@ -71,29 +77,51 @@ class AdversarialTraining(Stage):
     def step(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> StepOutput:
         assert isinstance(model, AMSDN)
         assert isinstance(teacher, AMSDN)
-        x = self.config.augment(batch.x, batch.generator)
-        attacks = self.config.attacks if batch.progress >= self.config.clean_start else ()
+        config, generator = self.config, batch.generator
+        x, y = config.augment(batch.x, generator), batch.y
+        drawn = config.views.draw(model, x, y, generator)
+        attacks = config.attacks if batch.progress >= config.clean_start else ()
         if not attacks:
-            return supervised_step(model, x, batch.y, self.config.loss)
-        attack = attacks[draw(torch.ones(len(attacks)), batch.generator)]
-        attacked = max(1, round(self.config.attacked_share * len(x)))
-        return defence_step(model, teacher, attack, x, batch.y, attacked, self.config.loss, batch.generator)
+            return supervised_step(model, x, y, config.loss, config.views, drawn)
+        attack = attacks[draw(torch.ones(len(attacks)), generator)]
+        attacked = max(1, round(config.attacked_share * len(x)))
+        return defence_step(model, teacher, attack, x, y, attacked, config.loss, generator, config.views, drawn)
 
 
-def supervised_step(model: AMSDN, x: Tensor, y: Tensor, weights: DefenceLoss) -> StepOutput:
-    """Cross-entropy on clean images alone."""
-    logits = model(x).float()
-    loss = F.cross_entropy(logits, y, label_smoothing=weights.label_smoothing)
-    return StepOutput(loss, {"accuracy": accuracy(logits, y)})
+def supervised_step(model: AMSDN, x: Tensor, y: Tensor, weights: DefenceLoss, views: CertifiableViews, drawn: Drawn) -> StepOutput:
+    """Cross-entropy on clean images and on the views ``drawn`` from the first of x [B,3,H,W], in one pass; no attack."""
+    seen = len(drawn.labels)
+    logits = model(torch.cat([drawn.images, x[seen:]])).float()
+    clean, y_clean = logits[len(drawn.images) :], y[seen:]
+    loss = F.cross_entropy(clean, y_clean, label_smoothing=weights.label_smoothing)
+    output = StepOutput(loss, {"accuracy": accuracy(clean, y_clean)})
+    return add_views(output, views.loss(drawn, logits[: len(drawn.images)], weights.label_smoothing), seen / len(x))
 
 
 def defence_step(
-    model: AMSDN, teacher: AMSDN, attack: Attack, x: Tensor, y: Tensor, attacked: int, weights: DefenceLoss, generator: torch.Generator
+    model: AMSDN,
+    teacher: AMSDN,
+    attack: Attack,
+    x: Tensor,
+    y: Tensor,
+    attacked: int,
+    weights: DefenceLoss,
+    generator: torch.Generator,
+    views: CertifiableViews,
+    drawn: Drawn,
 ) -> StepOutput:
-    """The first ``attacked`` images of x [B,3,H,W] are attacked, the others stay clean; all parts learn from both."""
+    """Of x [B,3,H,W] the first images are seen as ``drawn``, the next ``attacked`` are attacked, the others stay clean; one pass.
+
+    The detector learns from the attacked and the clean alone: a mask or noise is no attack, yet telling it that a covered
+    square is clean would teach it to overlook patches.
+    """
+    seen = len(drawn.labels)
+    whole = len(x)
+    x, y, attacked = x[seen:], y[seen:], min(attacked, whole - seen)
     x_adv = craft(model, attack, x[:attacked], y[:attacked], generator)
     changed = changed_pixels(x_adv, x[:attacked])
-    trace = model.trace(torch.cat([x_adv, x[attacked:]]))
+    joined = model.trace(torch.cat([x_adv, x[attacked:], drawn.images]))
+    trace = first_of(joined, len(x))
     logits = trace.logits.float()
     terms = {
         "cross_entropy_attacked": F.cross_entropy(logits[:attacked], y[:attacked], label_smoothing=weights.label_smoothing),
@@ -115,7 +143,21 @@ def defence_step(
     metrics["accuracy_attacked"] = accuracy(logits[:attacked], y[:attacked])
     if attacked < len(x):
         metrics["accuracy"] = accuracy(logits[attacked:], y[attacked:])
-    return StepOutput(loss, metrics)
+    return add_views(StepOutput(loss, metrics), views.loss(drawn, joined.logits[len(x) :], weights.label_smoothing), seen / whole)
+
+
+def add_views(output: StepOutput, views: StepOutput, share: float) -> StepOutput:
+    """Both losses, the views' with weight ``share`` (theirs among the batch's images), the other's with the rest."""
+    return StepOutput((1 - share) * output.loss + share * views.loss, output.metrics | views.metrics)
+
+
+def first_of(trace: AMSDNTrace, count: int) -> AMSDNTrace:
+    """The trace of the first ``count`` images alone."""
+
+    def cut(value: Tensor | list[Tensor] | None) -> Tensor | list[Tensor] | None:
+        return [v[:count] for v in value] if isinstance(value, list) else None if value is None else value[:count]
+
+    return replace(trace, **{f.name: cut(getattr(trace, f.name)) for f in fields(trace)})  # type: ignore[arg-type]
 
 
 def detector_terms(trace: AMSDNTrace, attack: Attack, changed: Tensor) -> dict[str, Tensor]:
@@ -132,22 +174,13 @@ def detector_terms(trace: AMSDNTrace, attack: Attack, changed: Tensor) -> dict[s
 
 def craft(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
     """Attack the model as it is deployed: in eval mode, so that no batch statistics leak into the attack."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with deployed(model):
         return attack.craft(model, x, y, generator)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> int:
     """One index, in proportion to weights [N]."""
     return int(torch.multinomial(weights.to(generator.device), 1, generator=generator))
-
-
-def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.detach().argmax(1) == y).float().mean()
 
 
 if __name__ == "__main__":

@@ -2,26 +2,24 @@
 
 Every batch meets one attack, drawn in proportion to the model's running error under it, so that effort
 goes where the model fails (after Madaan et al. 2021 and Croce and Hein 2022, E-AT: alternating between
-threats, a few epochs suffice). A part of the batch is Gaussian noised with two agreeing copies, for
-randomized smoothing (Jeong and Shin 2020), a part is masked, for double masking and occlusion.
+threats, a few epochs suffice). Another part of the batch is given to the views that certificates ask about.
 
 ``amsdn finetune`` or ``python -m amsdn.training.finetune_attacks`` runs it.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from amsdn.attacks import Attack, PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
-from amsdn.training.adversarial_train import DefenceLoss, accuracy, defence_step, draw
+from amsdn.training.adversarial_train import DefenceLoss, defence_step, draw
 from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
-from amsdn.training.objectives import noise_consistency
+from amsdn.training.views import CertifiableViews
 
 
 def default_attacks() -> tuple[Attack, ...]:
@@ -43,21 +41,17 @@ class FinetuneConfig:
     augment: Augment = field(default_factory=Augment)
     attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
     attacked_share: float = 0.4
-    noised_share: float = 0.2
-    masked_share: float = 0.2
-    noise_sigmas: tuple[float, ...] = (0.12, 0.25)  # standard deviations, in [0,1] pixel units
-    consistency: float = 2.0  # weight of the agreement of two noisy copies
-    mask_side: int = 9  # of the square that covers a masked image, in pixels
+    views: CertifiableViews = field(default_factory=lambda: CertifiableViews(noised=0.2, masked=0.2, consistency=2.0))
     error_momentum: float = 0.95
 
     def __post_init__(self) -> None:
-        shares = (self.attacked_share, self.noised_share, self.masked_share)
-        if min(shares) < 0 or sum(shares) >= 1:
-            raise InputError(f"finetune: shares must be at least 0 and leave some images clean, got {shares}; make them smaller")
-        if not self.attacks or not self.noise_sigmas or min(self.noise_sigmas) <= 0:
+        if self.attacked_share < 0 or self.attacked_share + self.views.share >= 1:
             raise InputError(
-                f"finetune: needs at least one attack and positive noise_sigmas, got {len(self.attacks)} and {self.noise_sigmas}"
+                "finetune: shares must be at least 0 and leave some images clean, got "
+                f"attacked {self.attacked_share} and views {self.views.share:g}; make them smaller"
             )
+        if not self.attacks:
+            raise InputError("finetune: needs at least one attack; leave this stage out for none")
 
 
 class Finetuning(Stage):
@@ -68,7 +62,6 @@ class Finetuning(Stage):
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
         self.running_error = torch.full((len(config.attacks),), 0.5, dtype=torch.float64)
-        self.mask = replace(config.augment, flip=False, shift=0, cutout=config.mask_side)
 
     def state(self) -> dict[str, Any]:
         return {"running_error": self.running_error}
@@ -80,17 +73,13 @@ class Finetuning(Stage):
         assert isinstance(model, AMSDN)
         assert isinstance(teacher, AMSDN)
         freeze_statistics(model)
-        config, x, y = self.config, self.config.augment(batch.x, batch.generator), batch.y
-        noised, masked, attacked = (round(share * len(x)) for share in (config.noised_share, config.masked_share, config.attacked_share))
-        noised = min(noised, len(x) - 1)  # of a tiny batch, something is left to attack
-        corrupted = min(noised + masked, len(x) - 1)
-        attacked = min(max(1, attacked), len(x) - corrupted)
-        chosen = draw(self.running_error, batch.generator)
-        attack = config.attacks[chosen]
-        output = defence_step(model, teacher, attack, x[corrupted:], y[corrupted:], attacked, config.loss, batch.generator)
+        config, generator = self.config, batch.generator
+        x, y = config.augment(batch.x, generator), batch.y
+        drawn = config.views.draw(model, x, y, generator)
+        chosen = draw(self.running_error, generator)
+        attacked = max(1, round(config.attacked_share * len(x)))
+        output = defence_step(model, teacher, config.attacks[chosen], x, y, attacked, config.loss, generator, config.views, drawn)
         self._remember(chosen, output)
-        if corrupted:
-            self._add_corruptions(output, model, x[:corrupted], y[:corrupted], noised, batch.generator)
         return output
 
     def _remember(self, chosen: int, output: StepOutput) -> None:
@@ -98,31 +87,6 @@ class Finetuning(Stage):
         error = 1 - float(output.metrics["accuracy_attacked"])
         m = self.config.error_momentum
         self.running_error[chosen] = max(0.05, m * float(self.running_error[chosen]) + (1 - m) * error)
-
-    def _add_corruptions(self, output: StepOutput, model: AMSDN, x: Tensor, y: Tensor, noised: int, generator: torch.Generator) -> None:
-        """The first ``noised`` images twice with Gaussian noise, the others masked; all are classified, none is an attack to detect.
-
-        The detector learns from neither: a mask is no attack, yet telling it that a covered square is clean would
-        teach it to overlook patches.
-        """
-        copies = torch.cat([x[:noised], x[:noised]])
-        sigmas = torch.tensor(self.config.noise_sigmas, device=x.device)
-        index = torch.randint(len(sigmas), (noised,), generator=generator, device=x.device)
-        noise = sigmas[index].repeat(2).reshape(-1, 1, 1, 1) * torch.randn(copies.shape, generator=generator, device=x.device)
-        # Noisy images are not clipped to [0,1]: the smoothed classifier will not clip either.
-        logits = model(torch.cat([copies + noise, self.mask(x[noised:], generator)])).float()
-        first, second, masked = logits[:noised], logits[noised : 2 * noised], logits[2 * noised :]
-        output.loss = output.loss * (1 - (self.config.noised_share + self.config.masked_share))
-        if noised:
-            entropy = (F.cross_entropy(first, y[:noised]) + F.cross_entropy(second, y[:noised])) / 2
-            agreement = noise_consistency(first, second)
-            output.loss = output.loss + self.config.noised_share * (entropy + self.config.consistency * agreement)
-            output.metrics |= {"cross_entropy_noised": entropy.detach(), "noise_consistency": agreement.detach()}
-            output.metrics["accuracy_noised"] = accuracy(first, y[:noised])
-        if len(masked):
-            entropy = F.cross_entropy(masked, y[noised:], label_smoothing=self.config.loss.label_smoothing)
-            output.loss = output.loss + self.config.masked_share * entropy
-            output.metrics |= {"cross_entropy_masked": entropy.detach(), "accuracy_masked": accuracy(masked, y[noised:])}
 
 
 def freeze_statistics(model: nn.Module) -> None:

@@ -68,3 +68,8 @@ def instance_logits(embedding: Tensor, bank: Tensor, temperature: float) -> Tens
     Its cross-entropy with label i for image i is InfoNCE (van den Oord et al. 2018).
     """
     return F.normalize(embedding.float(), dim=1) @ F.normalize(bank.float(), dim=1).T / temperature
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of logits [B,K] whose argmax is y [B]; a detached scalar."""
+    return (logits.detach().argmax(1) == y).float().mean()

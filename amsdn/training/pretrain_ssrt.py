@@ -19,9 +19,9 @@ from amsdn.attacks import Attack, PatchPGD, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.models.amsdn import AMSDN
 from amsdn.threats import changed_pixels
-from amsdn.training.adversarial_train import accuracy, craft, detector_terms, draw
+from amsdn.training.adversarial_train import craft, detector_terms, draw
 from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
-from amsdn.training.objectives import instance_logits
+from amsdn.training.objectives import accuracy, instance_logits
 
 
 def default_attacks() -> tuple[Attack, ...]:

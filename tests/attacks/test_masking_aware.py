@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amsdn.attacks import Attack, AttackResult, MaskingAwarePatch, PatchPGD, Victim
 from amsdn.attacks.masking_aware import _Plan, _Views, _Wish
 from amsdn.errors import InputError
-from amsdn.models.double_masking import DoubleMasking
+from amsdn.models.double_masking import ChallengerMasking, DoubleMasking
 from amsdn.utils.masking import masked_views
 
 SIZE, COUNT, CLASSES = 8, 24, 3
@@ -44,9 +44,9 @@ class Fragile(nn.Module):
 class Toy:
     """Images, the defence's answers, and which (place, image) any {0,1} colour of a one-pixel patch breaks."""
 
-    def __init__(self) -> None:
+    def __init__(self, defence: type[DoubleMasking] = DoubleMasking, **settings: object) -> None:
         self.net = Fragile()
-        self.defence = DoubleMasking(self.net, patch=1, masks_per_axis=3, views_per_pass=4096).eval()
+        self.defence = defence(self.net, patch=1, masks_per_axis=3, views_per_pass=4096, **settings).eval()
         self.x = torch.rand(COUNT, 3, SIZE, SIZE, generator=seeded(3))
         self.y = self.defence(self.x).argmax(1)
         self.certified = self.defence.certified(self.x, self.y)
@@ -80,6 +80,19 @@ def test_finds_what_exhaustive_search_finds_and_never_more_than_the_certificate_
     assert found.success[breakable].all()
     assert not found.success[toy.certified].any()
     assert torch.equal(found.success, toy.defence(found.x_adv).argmax(1) != toy.y)
+
+
+def test_coarser_masks_and_challengers_change_what_is_in_reach() -> None:
+    """The table must be the defence's own: that of the finest masks rules places out where this defence can be broken."""
+    other = Toy(ChallengerMasking, coarser=(2,), confidence=0.4)
+    result, breakable = attack()(other.defence, other.x, other.y), other.broken.any(0)
+    plain = DoubleMasking(other.net, patch=1, masks_per_axis=3).eval()
+    confirms = (plain.prediction_table(other.x) == other.y.reshape(-1, 1, 1)).all(2)
+    covered = plain.masks(SIZE, SIZE).flatten(1).float()
+    out_of_reach = ((confirms.float() @ covered) > 0).all(1)  # by the finest masks alone
+    assert (breakable & out_of_reach).any()
+    assert not result.success[other.certified].any()
+    assert result.success[breakable].all()
 
 
 def test_both_routes_are_needed(toy: Toy, found: AttackResult) -> None:

@@ -3,14 +3,24 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from amsdn.evaluation.certification import read_certificates
+
 from .conftest import Shell
 
 SMALL = ["--loop.epochs", "1", "--loop.batch-size", "20", "--model.width", "2", "--model.fpn-channels", "8"]
+
+CHEAPLY = [
+    *("--smoothing.n0", "10", "--smoothing.n", "40", "--smoothing.block", "10"),
+    *("--recheck.steps", "2", "--recheck.draws", "2", "--recheck.n", "20"),
+    *("--patch.size", "4", "--patch.masks-per-axis", "2", "--pixels.rows", "2", "--pixels.columns", "2"),
+    *("--attacks.samples", "2", "--attacks.steps", "1", "--attacks.queries", "2", "--attacks.pixels", "1"),
+]
 
 
 @pytest.fixture
@@ -29,24 +39,25 @@ def test_train_evaluate_certify_report_predict(amsdn: Shell, trained: Path, arra
     evaluated = amsdn("evaluate", "--model", model, "--data", data, "--out", run, "--attacks", *names)
     assert evaluated.code == 0, evaluated
     assert "Clean accuracy" in evaluated.out
-    smoothing = ["--smoothing.n0", "10", "--smoothing.n", "40", "--recheck.steps", "2", "--recheck.draws", "2", "--recheck.n", "20"]
-    certified = amsdn("certify", "--model", model, "--data", data, "--out", run, "--samples", "4", *smoothing)
+    certified = amsdn("certify", "--model", model, "--data", data, "--out", run, "--samples", "4", *CHEAPLY)
     assert certified.code == 0, certified
-    assert "l2 radius 0.25" in certified.out
+    for wanted in ("certified ℓ₂ ≤\u00a00.25", "certified patch", "or alarm", "changed pixel", "no violation"):
+        assert wanted in certified.out, wanted
     rows = (run / "eval.jsonl").read_text(), (run / "cert.jsonl").read_text()
     assert len(rows[0].splitlines()) == 12 * (1 + len(names))
-    assert len(rows[1].splitlines()) == 4
+    assert len(rows[1].splitlines()) == 4 * 4  # l2, patch, patch-detection, l0
+    assert set(json.loads((run / "crosscheck.json").read_text())["certificates"]) == {"l2", "patch", "patch-detection", "l0"}
 
     again = amsdn("evaluate", "--model", model, "--data", data, "--out", run, "--attacks", *names)
     assert again.code == 0, again
-    amsdn("certify", "--model", model, "--data", data, "--out", run, "--samples", "4", *smoothing)
+    amsdn("certify", "--model", model, "--data", data, "--out", run, "--samples", "4", *CHEAPLY)
     assert ((run / "eval.jsonl").read_text(), (run / "cert.jsonl").read_text()) == rows
 
     reported = amsdn("report", f"defended={run}", "--out", tmp_path / "page")
     assert reported.code == 0, reported
     info = json.loads((run / "run.json").read_text())
     assert info["model"]["false_positive_rate"] == pytest.approx(0.05)
-    assert set(info["stages"]) == {"evaluate", "certify"}
+    assert set(info["stages"]) == {"evaluate", "certify l2", "certify patch", "certify l0"}
     page = (tmp_path / "page" / "report.html").read_text()
     assert info["model"]["fingerprint"] in page
     assert json.loads((tmp_path / "page" / "report.json").read_text())["subject"] == "defended"
@@ -56,6 +67,20 @@ def test_train_evaluate_certify_report_predict(amsdn: Shell, trained: Path, arra
     assert predicted.code == 0, predicted
     assert "dark" in predicted.out or "bright" in predicted.out
     assert len(list((tmp_path / "heat").iterdir())) == 1
+
+
+def test_shards_make_the_rows_of_the_whole(amsdn: Shell, trained: Path, arrays: Path, tmp_path: Path) -> None:
+    common = ["certify", "--model", trained / "finetune" / "model", "--data", f"arrays:{arrays}", "--samples", "5", *CHEAPLY]
+    for shard in ("2/2", "1/2"):
+        outcome = amsdn(*common, "--out", tmp_path / "shards", "--shard", shard)
+        assert outcome.code == 0, outcome
+        assert f"shard {shard} is done" in outcome.out
+        assert not (tmp_path / "shards" / "crosscheck.json").exists()
+    whole = [amsdn(*common, "--out", tmp_path / folder) for folder in ("shards", "whole")]
+    assert [outcome.code for outcome in whole] == [0, 0], whole
+    assert not (tmp_path / "shards" / "cert.jsonl").exists()  # nothing was left to do
+    rows, expected = (read_certificates(tmp_path / folder) for folder in ("shards", "whole"))
+    assert [replace(r, seconds=0.0) for r in rows] == [replace(r, seconds=0.0) for r in expected]
 
 
 def test_a_run_folder_belongs_to_one_model_and_names_how_it_was_trained(amsdn: Shell, trained: Path, arrays: Path, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def add_examples(folder: Path, attack: str = "patch-b", maps: bool = True, **rep
 def add_crosscheck(folder: Path, violations: int = 0) -> None:
     """A cross-check result as evaluation writes it."""
     found = {
+        "certificate": "l2",
         "violations": violations,
         "samples": 9,
         "checks": 18,
@@ -77,7 +78,7 @@ def add_crosscheck(folder: Path, violations: int = 0) -> None:
         "found": [],
         "rows": [{"sample_id": 0}],
     }
-    (folder / "crosscheck.json").write_text(json.dumps(found))
+    (folder / "crosscheck.json").write_text(json.dumps({"violations": violations, "certificates": {"l2": found}}))
 
 
 def add_evasion(folder: Path, family: str = "patch", budget: float = 5.0) -> None:

@@ -1,29 +1,17 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from evaluation_toys import HalfSpace, Images, cert_row, eval_row
-from torch import Tensor
+from evaluation_toys import cert_row, eval_row
 
-from amsdn.attacks.gradient_attacks import PGDAttack, PGDL2Attack
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import ABSTAIN, SmoothedClassifier, SmoothingConfig, certify_split
-from amsdn.evaluation.crosscheck import (
-    SMOOTHED_PGD,
-    CertificateViolation,
-    Check,
-    RecheckConfig,
-    conclude,
-    cross_check,
-    false_alarm_bound,
-    recheck_smoothed,
-    smoothed_pgd,
-)
+from amsdn.evaluation.certifier import ABSTAIN
+from amsdn.evaluation.crosscheck import RESULT, CertificateViolation, Checked, Violation, conclude, cross_check
 from amsdn.records import CertRecord, EvalRecord
 
-SIDE = 4
+
+def violations(rows: list[EvalRecord], certificates: list[CertRecord]) -> list[Violation]:
+    return [v for result in cross_check(rows, certificates) for v in result.found]
 
 
 def attacked(prediction: int, spent: float, family: str = "patch", sample_id: int = 0) -> EvalRecord:
@@ -32,15 +20,15 @@ def attacked(prediction: int, spent: float, family: str = "patch", sample_id: in
 
 @pytest.mark.parametrize(("certificate", "family"), [("patch", "patch"), ("l0", "sparse")])
 def test_a_broken_certificate_is_found(certificate: str, family: str) -> None:
-    [found] = cross_check([attacked(2, 5.0, family)], [cert_row(0, 5.0, certificate=certificate)])
+    [found] = violations([attacked(2, 5.0, family)], [cert_row(0, 5.0, certificate=certificate)])
     assert (found.sample_id, found.certificate, found.radius, found.certified_prediction) == (0, certificate, 5.0, 1)
     assert (found.attack, found.spent, found.prediction) == ("attack", 5.0, 2)
 
 
 def test_a_wrong_but_certified_prediction_must_not_change_either() -> None:
     certificate = cert_row(0, 5.0, prediction=2, certificate="patch")
-    assert cross_check([attacked(2, 5.0)], [certificate]) == []
-    assert len(cross_check([attacked(1, 5.0)], [certificate])) == 1
+    assert violations([attacked(2, 5.0)], [certificate]) == []
+    assert len(violations([attacked(1, 5.0)], [certificate])) == 1
 
 
 @pytest.mark.parametrize(
@@ -55,11 +43,11 @@ def test_a_wrong_but_certified_prediction_must_not_change_either() -> None:
     ],
 )
 def test_what_contradicts_nothing(row: EvalRecord, certificate: CertRecord) -> None:
-    assert cross_check([row], [certificate]) == []
+    assert violations([row], [certificate]) == []
 
 
 def test_the_clean_prediction_is_inside_every_radius() -> None:
-    assert len(cross_check([eval_row(0, correct=False)], [cert_row(0, 0.0, certificate="l0")])) == 1
+    assert len(violations([eval_row(0, correct=False)], [cert_row(0, 0.0, certificate="l0")])) == 1
 
 
 def test_unknown_certificates_are_not_passed_over() -> None:
@@ -67,97 +55,34 @@ def test_unknown_certificates_are_not_passed_over() -> None:
         cross_check([], [cert_row(certificate="l7")])
 
 
-def half_space() -> HalfSpace:
-    direction = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return HalfSpace(direction, float(0.5 * direction.sum() / direction.norm())).eval()
+def test_an_alarm_keeps_the_promise_of_detection_and_of_nothing_else() -> None:
+    noticed = eval_row(0, "attack", correct=False, prediction=2, family="patch", budget=5.0, detected=True, anomaly_score=1.0)
+    assert violations([noticed], [cert_row(0, 5.0, certificate="patch-detection")]) == []
+    assert len(violations([noticed], [cert_row(0, 5.0, certificate="patch")])) == 1
+    assert len(violations([attacked(2, 5.0)], [cert_row(0, 5.0, certificate="patch-detection")])) == 1
 
 
-def points(model: HalfSpace, distances: list[float]) -> Tensor:
-    grey = torch.full((len(distances), 3, SIDE, SIDE), 0.5)
-    step = torch.tensor(distances) - model.distance(grey)
-    return grey + step.reshape(-1, 1, 1, 1) * model.direction.reshape(3, SIDE, SIDE)
+def test_what_was_tried_is_counted_by_kind() -> None:
+    rows = [eval_row(i) for i in range(3)] + [attacked(1, 4.0, sample_id=i) for i in range(3)] + [attacked(1, 6.0, sample_id=0)]
+    certificates = [cert_row(0, 5.0, certificate="patch"), cert_row(1, 3.0, certificate="patch"), cert_row(2, 5.0, certificate="l0")]
+    patch, l0 = cross_check(rows, certificates)
+    assert (patch.certificate, patch.samples, patch.checks) == ("patch", 1, 1)
+    assert (l0.certificate, l0.samples, l0.checks) == ("l0", 0, 0)
 
 
-def test_smoothed_pgd_finds_the_worst_point_of_a_half_space() -> None:
-    """The optimum is closed form: straight towards the plane, by the whole radius, whichever side x is on."""
-    model = half_space()
-    distances = torch.tensor([0.3, -0.4, 0.2])
-    radius = torch.tensor([0.2, 0.3, 0.05])
-    x = points(model, distances.tolist())
-    found = smoothed_pgd(SmoothedClassifier(model, 0.25), x, (distances > 0).long(), radius, torch.Generator().manual_seed(0))
-    assert ((found - x).flatten(1).norm(dim=1) <= radius + 1e-6).all()
-    moved = (distances - model.distance(found)) * distances.sign()
-    assert (moved > 0.98 * radius).all()
+def test_the_results_of_several_kinds_share_a_file_and_a_violation_fails_loudly(tmp_path: Path) -> None:
+    conclude(tmp_path, [Checked("l2", 3, 6, ())])
+    found = (Violation(7, "patch", 5.0, 1, "attack", 5.0, 2),)
+    with pytest.raises(CertificateViolation, match=r"1 certified samples .* \[7\].* sample 7, patch radius 5"):
+        conclude(tmp_path, [Checked("patch", 2, 2, found)])
+    content = json.loads((tmp_path / RESULT).read_text())
+    assert content["violations"] == 1
+    assert {kind: result["violations"] for kind, result in content["certificates"].items()} == {"l2": 0, "patch": 1}
+    assert conclude(tmp_path, [Checked("patch", 2, 2, ())])["violations"] == 0  # the same kind again replaces its result
 
 
-SMOOTHING = SmoothingConfig(sigma=0.25, n=2000)
-ATTACKS = {"pgd-l2": PGDL2Attack(epsilon=0.5, alpha=0.1, num_steps=10)}
-
-
-def certified(tmp_path: Path) -> tuple[SmoothedClassifier, Images, list[CertRecord]]:
-    model = half_space()
-    x = points(model, [0.3, -0.4, 0.2, 0.0])
-    split = Images(x, torch.tensor([1, 0, 0, 1]))  # the third is certified for the wrong class, the last abstains
-    return SmoothedClassifier(model, 0.25), split, certify_split(model, split, tmp_path, SMOOTHING, progress=False)
-
-
-def test_sound_certificates_stand(tmp_path: Path) -> None:
-    smoothed, split, certificates = certified(tmp_path)
-    assert [c.prediction for c in certificates] == [1, 0, 1, ABSTAIN]
-    checks = recheck_smoothed(smoothed, split, certificates, ATTACKS, progress=False)
-    assert [(c.sample_id, c.attack) for c in checks] == [(i, name) for name in (SMOOTHED_PGD, "pgd-l2") for i in range(3)]
-    assert not any(c.violated for c in checks)
-    assert all(0.9 * c.radius < c.spent <= c.radius for c in checks)
-    result = conclude(tmp_path, cross_check([], certificates), checks, false_alarm_bound(checks, SMOOTHING.alpha, 1e-6))
-    assert result == json.loads((tmp_path / "crosscheck.json").read_text())
-    assert (result["violations"], result["samples"], result["checks"]) == (0, 3, 6)
-    assert result["false_alarm_bound"] == pytest.approx(3 * 0.001 + 6 * 1e-6)
-
-
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_a_planted_false_certificate_fails_loudly(tmp_path: Path, batch_size: int) -> None:
-    smoothed, split, certificates = certified(tmp_path)
-    certificates[1] = replace(certificates[1], radius=0.6)  # the plane is 0.4 away
-    checks = recheck_smoothed(smoothed, split, certificates, ATTACKS, RecheckConfig(batch_size=batch_size), progress=False)
-    assert {(c.sample_id, c.attack) for c in checks if c.violated} == {(1, SMOOTHED_PGD), (1, "pgd-l2")}
-    with pytest.raises(CertificateViolation, match=r"1 certified samples .* \[1\]; .*0\.003.* sample 1, l2 radius 0\.6") as caught:
-        conclude(tmp_path, [], checks, false_alarm_bound(checks, SMOOTHING.alpha, 1e-6))
-    assert len(caught.value.violations) == 2
-    assert json.loads((tmp_path / "crosscheck.json").read_text())["violations"] == 2  # the evidence is there all the same
-
-
-def test_the_recheck_repeats_itself(tmp_path: Path) -> None:
-    smoothed, split, certificates = certified(tmp_path)
-    torch.rand(3)
-    first = recheck_smoothed(smoothed, split, certificates, ATTACKS, progress=False)
-    assert recheck_smoothed(smoothed, split, certificates, ATTACKS, progress=False) == first
-
-
-def test_an_honest_doubt_is_no_violation(tmp_path: Path) -> None:
-    """A true radius reaches the plane, where both answers are equally likely: the new prediction must abstain, not alarm."""
-    smoothed, split, certificates = certified(tmp_path)
-    certificates[0] = replace(certificates[0], radius=0.3)
-    [check] = recheck_smoothed(smoothed, split, certificates[:1], progress=False)
-    assert check.spent == pytest.approx(0.3, rel=1e-3)
-    assert check.prediction == ABSTAIN
-    assert not check.violated
-    assert conclude(tmp_path, [], [check])["abstained"] == 1
-
-
-@pytest.mark.parametrize("attacks", [{"pgd": PGDAttack(epsilon=0.1)}, {SMOOTHED_PGD: PGDL2Attack(epsilon=0.1)}])
-def test_only_l2_attacks_under_their_own_name(tmp_path: Path, attacks: dict[str, PGDAttack]) -> None:
-    smoothed, split, certificates = certified(tmp_path)
-    with pytest.raises(InputError, match="must be an l2 attack"):
-        recheck_smoothed(smoothed, split, certificates, attacks, progress=False)
-
-
-def test_false_alarm_bound_is_a_probability() -> None:
-    checks = [Check(i, "a", 1.0, 1.0, 0, 0) for i in range(5)]
-    assert false_alarm_bound(checks, 0.5, 0.1) == 1.0
-    assert false_alarm_bound([], 0.5, 0.1) == 0.0
-
-
-def test_bad_settings() -> None:
-    for values in ({"n": 0}, {"alpha": 0.0}, {"steps": 0}):
-        with pytest.raises(InputError, match="recheck"):
-            RecheckConfig(**values)  # type: ignore[arg-type]
+def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / RESULT).write_text("[]")
+    with pytest.raises(InputError, match="not a cross-check result"):
+        conclude(tmp_path, [])
+    assert (tmp_path / RESULT).read_text() == "[]"

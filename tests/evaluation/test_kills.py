@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-from evaluation_toys import Linear, images
+from evaluation_toys import Linear, PairCertifier, images
 
 from amsdn.evaluation import certification, evaluate
+from amsdn.evaluation.smoothing_certifier import SmoothingCertifier
+from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.records import CertRecord, EvalRecord, read_records
 
 SAMPLES, CHUNK = 40, 2
-SMOOTHING = certification.SmoothingConfig(sigma=0.1, n0=10, n=50, alpha=0.01)
+SMOOTHING = SmoothingConfig(sigma=0.1, radii=(0.0, 0.05, 0.1, 0.15), n0=10, n=200, alpha=0.01, block=10, batch_size=30)
 
 # Every chunk and every sample takes a little longer than it must, so that a kill finds the run at work.
 PROGRAM = f"""
@@ -33,13 +35,14 @@ run(Slow(), Path(sys.argv[1]))
 
 
 def run(model: Linear, out: Path) -> None:
-    """Evaluate, then certify, into one folder."""
+    """Evaluate, then certify by a sequential and by a deterministic method, into one folder."""
     from evaluation_toys import FlipPixels
 
     split = images(SAMPLES, model)
     attacks = {"flip-2": FlipPixels(2), "flip-20": FlipPixels(20)}
     evaluate.evaluate(model.eval(), split, attacks, out, evaluate.EvaluateConfig(batch_size=CHUNK), progress=False)
-    certification.certify_split(model.eval(), split, out, SMOOTHING, progress=False)
+    certification.certify_split(SmoothingCertifier(model.eval(), SMOOTHING), split, out, progress=False)
+    certification.certify_split(PairCertifier(model.eval()), split, out, progress=False)
 
 
 def start(out: Path) -> "subprocess.Popen[str]":
@@ -66,9 +69,9 @@ def test_killed_runs_end_with_the_rows_of_an_undisturbed_one(tmp_path: Path) -> 
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run(Linear(), undisturbed)
     moments = random.Random(2)
-    for name in (evaluate.RECORDS, certification.RECORDS):
-        whole = (undisturbed / name).stat().st_size
-        for share in sorted(moments.uniform(0.05, 0.9) for _ in range(2)):
+    for name, spans in ((evaluate.RECORDS, [(0.05, 0.4), (0.5, 0.9)]), (certification.RECORDS, [(0.05, 0.3), (0.4, 0.9)])):
+        whole = (undisturbed / name).stat().st_size  # of certificates, the first third by the sequential method
+        for share in (moments.uniform(*span) for span in spans):
             assert kill_when(killed / name, round(share * whole), killed), "the run ended before it could be killed"
     last = start(killed)
     _, errors = last.communicate(timeout=120)
@@ -77,8 +80,9 @@ def test_killed_runs_end_with_the_rows_of_an_undisturbed_one(tmp_path: Path) -> 
     rows, expected = (read_records(out / evaluate.RECORDS, EvalRecord) for out in (killed, undisturbed))
     assert len(rows) == len({r.key for r in rows}) == 3 * SAMPLES
     assert rows == expected
-    certificates, expected_certificates = (read_records(out / certification.RECORDS, CertRecord) for out in (killed, undisturbed))
-    assert len(certificates) == SAMPLES
+    assert len(read_records(killed / certification.RECORDS, CertRecord)) == 3 * SAMPLES  # none twice; they lie there as they were decided
+    assert len({c.samples for c in certification.read_certificates(undisturbed) if c.certificate == "l2"}) > 2, "not sequential"
+    certificates, expected_certificates = (certification.read_certificates(out) for out in (killed, undisturbed))
     assert [(c.key, c.prediction, c.radius, c.correct, c.samples) for c in certificates] == [
         (c.key, c.prediction, c.radius, c.correct, c.samples) for c in expected_certificates
     ]

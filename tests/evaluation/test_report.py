@@ -11,10 +11,14 @@ from evaluation_toys import Detecting, FlipPixels, images
 from report_toys import N, add_certificates, add_crosscheck, add_evasion, add_examples, write_rows, write_run
 
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import SmoothedClassifier, SmoothingConfig, certify_split
-from amsdn.evaluation.crosscheck import RecheckConfig, conclude, recheck_smoothed
+from amsdn.evaluation.certification import certify_split
+from amsdn.evaluation.crosscheck import conclude
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
 from amsdn.evaluation.report import build_report, load_runs, terminal_table
+from amsdn.evaluation.smoothing import SmoothedClassifier
+from amsdn.evaluation.smoothing_attack import RecheckConfig, checked, recheck_smoothed
+from amsdn.evaluation.smoothing_certifier import SmoothingCertifier
+from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.records import EvalRecord, read_records
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -234,10 +238,10 @@ def test_samples_without_every_row_are_dropped_and_counted(runs: dict[str, Path]
 
 
 def test_violation_is_shown_loudly(runs: dict[str, Path], tmp_path: Path) -> None:
-    assert "defended: no violation in 18 attacked images" in build(runs, tmp_path / "out")[0]
+    assert "defended, ℓ₂: no violation in 18 attacked images" in build(runs, tmp_path / "out")[0]
     add_crosscheck(runs["defended"], violations=2)
     text, numbers = build(runs, tmp_path / "out")
-    assert "defended: 2 violations" in text
+    assert "defended, ℓ₂: 2 violations" in text
     assert "plain: not run" in text
     assert numbers["runs"]["defended"]["crosscheck"]["violations"] == 2
 
@@ -273,14 +277,15 @@ def test_folder_that_evaluation_really_writes(tmp_path: Path) -> None:
     folder, model = tmp_path / "run", Detecting().eval()
     split, smoothing = images(6, model), SmoothingConfig(n0=10, n=50)
     evaluate(model, split, {"flip-1": FlipPixels(1), "flip-2": FlipPixels(2)}, folder, EvaluateConfig(batch_size=6), progress=False)
-    certificates = certify_split(model, split, folder, smoothing, sample_ids=[0, 3], progress=False)
+    certificates = certify_split(SmoothingCertifier(model, smoothing), split, folder, sample_ids=[0, 3], progress=False)
     recheck = RecheckConfig(steps=2, draws=2, n=50)
-    conclude(folder, [], recheck_smoothed(SmoothedClassifier(model, smoothing.sigma), split, certificates, config=recheck, progress=False))
+    checks = recheck_smoothed(SmoothedClassifier(model, smoothing.sigma), split, certificates, config=recheck, progress=False)
+    conclude(folder, [checked(checks, smoothing.alpha, recheck.alpha)])
     (folder / "run.json").write_text("{}")
     text, numbers = build({"toy": folder}, tmp_path / "out")
     assert shares(headline(numbers)["clean"]) == {"toy": 4 / 6}  # two images are mislabelled on purpose
     assert len(Page(text).images) == 4 * 4
-    assert "toy: no violation" in text
+    assert "toy, ℓ₂: no violation" in text
 
 
 def test_terminal_table_fits_whatever_the_names(tmp_path: Path) -> None:

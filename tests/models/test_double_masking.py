@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from amsdn.errors import InputError
-from amsdn.models.double_masking import DoubleMasking, MaskAverage, answer
-from amsdn.protocols import is_stochastic, masked_voting_of, surrogate_of
-from amsdn.utils.masking import masked_views
+from amsdn.models.double_masking import ChallengerMasking, DoubleMasking
+from amsdn.models.mask_average import MaskAverage
+from amsdn.models.masking_rounds import answer, majority
+from amsdn.protocols import detector_of, is_stochastic, masked_voting_of, surrogate_of, threshold_of
+from amsdn.utils.masking import UNUSABLE, masked_views, view_labels
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -47,6 +49,70 @@ def test_answer_is_the_algorithm_on_every_small_table(masks: int, classes: int) 
     tables = [symmetric(upper, masks) for upper in itertools.product(range(classes), repeat=masks * (masks + 1) // 2)]
     got = answer(torch.tensor(tables), classes)
     assert got.tolist() == [transcribed(t) for t in tables]
+
+
+class OfTables(nn.Module):
+    """Mixed into a defence: the first pixel of an image is the number of its table of two-mask predictions, given beforehand."""
+
+    tables: Tensor  # [N,M,M], -1 for an unusable view
+    classes = 3
+
+    def look(self, x: Tensor, tree: object, rows: Tensor, first: Tensor, second: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
+        seen = self.tables[x[rows, 0, 0, 0].long(), first, second]
+        logits = torch.nn.functional.one_hot(seen.clamp_min(0), self.classes).float().masked_fill((seen < 0).unsqueeze(1), torch.nan)
+        return logits, torch.bincount(rows, minlength=len(x))
+
+
+class DoubleOfTables(OfTables, DoubleMasking):
+    pass
+
+
+class ChallengerOfTables(OfTables, ChallengerMasking):
+    pass
+
+
+@pytest.mark.parametrize(("height", "width", "classes"), [(1, 1, 3), (1, 2, 3), (1, 3, 3), (2, 2, 2)])
+def test_both_inferences_on_every_small_table_with_unusable_views(height: int, width: int, classes: int) -> None:
+    masks = height * width
+    upper = torch.cartesian_prod(*[torch.arange(-1, classes)] * (masks * (masks + 1) // 2)).reshape(-1, masks * (masks + 1) // 2)
+    tables = upper.new_empty(len(upper), masks, masks)
+    for k, (i, j) in enumerate(itertools.combinations_with_replacement(range(masks), 2)):
+        tables[:, i, j] = tables[:, j, i] = upper[:, k]
+    x = torch.arange(len(tables)).float().reshape(-1, 1, 1, 1).expand(-1, 3, height, width)
+    votes = tables.diagonal(dim1=1, dim2=2)
+    confirmed = ((tables == votes.unsqueeze(2)).all(2) & (votes >= 0)).int()
+    safe = confirmed.any(1)
+    label = votes.gather(1, confirmed.argmax(1, keepdim=True)).squeeze(1)
+    for kind in (DoubleOfTables, ChallengerOfTables):
+        defence = kind(nn.Identity().eval(), 1, (height, width))
+        defence.tables, defence.classes = tables, classes
+        answers, passes = defence.decide(x, defence.first_round(x))
+        assert torch.equal(answers[safe], label[safe])  # a mask that hides the patch confirms the label: nothing else can be the answer
+        assert ((answers >= 0) & (answers < classes)).all()
+        if kind is DoubleOfTables:
+            assert torch.equal(answers, answer(tables, classes))
+        else:
+            assert passes.max() == masks - 1
+        agree = (votes == votes[:, :1]).all(1) & (votes[:, 0] >= 0)
+        assert passes[agree].sum() == 0
+        assert torch.equal(answers[agree], votes[agree, 0])
+
+
+def test_the_order_of_meetings_is_free_where_a_mask_confirms_its_class() -> None:
+    """Random tables in which mask 0 confirms class 0, the masks in random order: the answer stays 0."""
+    g, masks = seeded(3), 9
+    tables = torch.randint(-1, 3, (400, masks, masks), generator=g).triu()
+    tables = tables + tables.triu(1).transpose(1, 2)
+    tables[:, 0, :] = tables[:, :, 0] = 0
+    order = torch.stack([torch.randperm(masks, generator=g) for _ in tables])
+    rows = torch.arange(len(tables)).reshape(-1, 1, 1)
+    defence = ChallengerOfTables(nn.Identity().eval(), 1, 3)
+    defence.tables = tables[rows, order.unsqueeze(2), order.unsqueeze(1)]
+    x = torch.arange(len(tables)).float().reshape(-1, 1, 1, 1).expand(-1, 3, 3, 3)
+    logits = defence.first_round(x)
+    answers, passes = defence.decide(x, logits + torch.rand(logits.shape, generator=g) / 2)  # the strengths are random as well
+    assert (answers == 0).all()
+    assert 0 < passes.max() <= masks - 1
 
 
 class Fragile(nn.Module):
@@ -164,7 +230,14 @@ def test_what_it_declares(fragile: Fragile) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"patch": 0}, "at least 1"), ({"patch": 2, "masks_per_axis": 0}, "at least 1"), ({"patch": 2, "fill": (0.0, 2.0, 0.0)}, "colour")],
+    [
+        ({"patch": 0}, "at least 1"),
+        ({"patch": 2, "masks_per_axis": 0}, "at least 1"),
+        ({"patch": 2, "fill": (0.0, 2.0, 0.0)}, "colour"),
+        ({"patch": 2, "fill": (0.0, 0.0)}, "colour"),
+        ({"patch": 2, "coarser": (1,)}, "numbers from 2"),
+        ({"patch": 2, "confidence": 1.5}, "probability"),
+    ],
 )
 def test_unusable_settings_are_one_line(fragile: Fragile, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -174,3 +247,78 @@ def test_unusable_settings_are_one_line(fragile: Fragile, settings: dict, messag
 def test_a_patch_larger_than_the_image_is_refused(fragile: Fragile) -> None:
     with pytest.raises(InputError, match="9x2 patch does not fit images of 8x8"):
         DoubleMasking(fragile, (9, 2))(torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("coarser", [(), (2,)])
+def test_challenger_agrees_where_certified_and_meets_fewer(fragile: Fragile, coarser: tuple[int, ...]) -> None:
+    x = torch.rand(150, 3, 8, 8, generator=seeded(7))
+    plain, challenger = DoubleMasking(fragile, 2, 3, coarser=coarser), ChallengerMasking(fragile, 2, 3, coarser=coarser)
+    y = plain(x).argmax(1)
+    certified = plain.certified(x, y)
+    assert 0 < certified.sum() < len(x)
+    assert torch.equal(challenger.certified(x, y), certified)
+    assert torch.equal(challenger(x).argmax(1)[certified], y[certified])
+    logits = plain.first_round(x)
+    (_, many), (answers, few) = plain.decide(x, logits), challenger.decide(x, logits)
+    assert few.max() <= 8 * (1 + len(coarser))
+    assert few.sum() < 0.7 * many.sum()
+    fragile.views = 0
+    assert int(few.sum()) == (challenger.decide(x, logits), fragile.views)[1]  # counted as spent
+    for i in range(0, 150, 10):
+        alone = challenger.decide(x[i : i + 1], logits[i : i + 1])
+        assert (int(alone.answer), int(alone.passes)) == (int(answers[i]), int(few[i]))
+
+
+def test_coarser_masks_stand_for_finer_ones_where_they_are_confident(fragile: Fragile) -> None:
+    x = torch.rand(20, 3, 8, 8, generator=seeded(8))
+    defence = DoubleMasking(fragile, 2, 4, coarser=(2,), confidence=0.6)
+    tree = defence.tree(8, 8)
+    fine, coarse = defence.masks(8, 8), tree.masks[: len(tree.roots)]
+    table, settled = defence.prediction_table(x), 0
+    for i, j in itertools.combinations_with_replacement(range(len(fine)), 2):
+        above = [next(n for n in tree.roots if k + len(coarse) in tree.children[n]) for k in (i, j)]
+        near = fragile(torch.where(fine[i] | fine[j], defence.fill, x))
+        far = fragile(torch.where(coarse[above[0]] | coarse[above[1]], defence.fill, x))
+        confident = far.softmax(1).amax(1) >= 0.6
+        assert torch.equal(table[:, i, j], torch.where(confident, far.argmax(1), near.argmax(1)))
+        settled += int(confident.sum())
+    assert 0 < settled < 20 * len(fine) * (len(fine) + 1) // 2
+    fragile.views = 0
+    _, passes = defence.look(
+        x, tree, *(t.flatten() for t in torch.meshgrid(torch.arange(20), torch.arange(16), indexing="ij")), torch.zeros(320).long()
+    )
+    assert fragile.views == int(passes.sum())
+    assert passes.max() <= len(coarse) + len(fine)
+
+
+def test_analysis_is_certified_detection_and_points_at_the_patch(fragile: Fragile) -> None:
+    defence, x = ChallengerMasking(fragile, 2, 3), torch.rand(80, 3, 8, 8, generator=seeded(10))
+    assert detector_of(defence) is defence
+    found, unanimous = defence.analyze(x), defence.unanimous(x)
+    assert torch.equal(found.detected, unanimous == UNUSABLE)
+    assert torch.equal(found.detected, found.anomaly_score > float(threshold_of(defence)))
+    assert 0 < found.detected.sum() < len(x)
+    assert torch.equal(found.logits, defence(x))
+    assert torch.equal(found.logits.argmax(1)[~found.detected], unanimous[~found.detected])
+    masks, votes = defence.masks(8, 8), view_labels(defence.first_round(x))
+    assert found.anomaly_map.shape == (80, 1, 8, 8)
+    assert 0 <= found.anomaly_map.min() <= found.anomaly_map.max() <= 1
+    for image in found.detected.nonzero().squeeze(1)[:10].tolist():
+        odd = votes[image] != majority(votes[image : image + 1], 3)
+        outside = ~masks[odd].any(0)  # pixels that no disagreeing mask covers
+        assert (found.anomaly_map[image][outside] == 0).all()
+        assert (found.anomaly_map[image][masks[odd].all(0) & ~masks[~odd].any(0)] == 1).all()
+
+
+def test_an_unusable_view_leaves_the_logits_finite_and_is_never_the_answer(fragile: Fragile) -> None:
+    class Poisoned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return fragile(x).masked_fill((x == 1).any(1).flatten(1).any(1, keepdim=True), torch.nan)
+
+    x = torch.rand(6, 3, 8, 8, generator=seeded(9))
+    for kind in (DoubleMasking, ChallengerMasking):
+        defence = kind(Poisoned().eval(), 2, 3)
+        x_adv = x.clone()
+        x_adv[:, :, 3:5, 3:5] = 1
+        assert torch.isfinite(defence(x_adv)).all()
+        assert torch.isfinite(defence(torch.ones(1, 3, 8, 8))).all()

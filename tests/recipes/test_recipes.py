@@ -1,10 +1,13 @@
 """Every recipe holds together: its attacks have distinct settings, its headline budgets are attacked, its model can be built."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from amsdn.commands.options import parse
+from amsdn.commands.training import TrainOptions
 from amsdn.data.augment import Augment
 from amsdn.errors import InputError
 from amsdn.evaluation.evaluate import check_names
@@ -12,6 +15,7 @@ from amsdn.models.amsdn import AMSDN
 from amsdn.recipes import DEFAULT, RECIPES, get_recipe
 from amsdn.records import config_hash
 from amsdn.training.adversarial_train import AdversarialTrainConfig
+from amsdn.training.views import CertifiableViews
 
 NAMES = sorted(RECIPES)
 
@@ -49,6 +53,42 @@ def test_the_model_runs_and_the_configuration_is_hashable(name: str) -> None:
     recipe = get_recipe(name)
     assert AMSDN.from_config(recipe.model).eval()(torch.rand(2, 3, 32, 32)).shape == (2, recipe.model.num_classes)
     assert len(config_hash(recipe.pretrain, recipe.train, recipe.finetune)) == 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_some_stage_shows_what_the_certificates_ask(name: str) -> None:
+    recipe = get_recipe(name)
+
+    def suits(views: CertifiableViews) -> bool:
+        masks = {(c.patch, c.masks_per_axis) for c in views.cutouts if views.masked > 0}
+        parts = views.parts.grids if views.ablated > 0 else ()
+        pixels = name == "cifar10-cpu" or (recipe.pixels.rows, recipe.pixels.columns) in parts  # that recipe makes no claim on pixels
+        return (
+            views.noised > 0
+            and recipe.smoothing.sigma in views.sigmas
+            and (recipe.patch.size, recipe.patch.masks_per_axis) in masks
+            and pixels
+        )
+
+    assert any(suits(stage.views) for stage in (recipe.train, recipe.finetune))
+
+
+def test_the_certified_recipe_is_trained_by_one_command_without_attacks() -> None:
+    recipe = get_recipe("cifar10-certified")
+    assert recipe.train.attacks == ()
+    assert recipe.train.views.consistency == 0, "a second noisy copy would double the cost of noise"
+    assert all(c.candidates == 1 for c in recipe.train.views.cutouts), "random masks cost no pass"
+    assert {c.masks_per_axis for c in recipe.train.views.cutouts} == {3, 6}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views_are_flags_of_the_commands(name: str) -> None:
+    recipe = get_recipe(name)
+    defaults = TrainOptions(data=recipe.data, out=Path("out"), model=recipe.model, stage=recipe.train)
+    read = parse(defaults, ["--views.masked", "0.05", "--views.cutouts.0.candidates", "2", "--views.sigmas", "0.1", "0.5"], "train", "")
+    assert read.stage.views.masked == 0.05
+    assert read.stage.views.cutouts[0].candidates == 2
+    assert read.stage.views.sigmas == (0.1, 0.5)
 
 
 def test_digits_are_never_mirrored() -> None:

@@ -2,18 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amsdn.attacks import Attack, PatchPGD, PGDAttack, SparsePGD
 from amsdn.data import ArraySplit, Augment
+from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
 from amsdn.training.adversarial_train import AdversarialTrainConfig, AdversarialTraining, craft
 from amsdn.training.finetune_attacks import FinetuneConfig, Finetuning
 from amsdn.training.loop import Batch, LoopConfig, Stage, train
 from amsdn.training.pretrain_ssrt import SSRT, InstanceClassifier, PretrainConfig
+from amsdn.training.views import CertifiableViews, GreedyCutout, PixelParts
 
 LOOP = LoopConfig(epochs=2, batch_size=10, learning_rate=1e-3, checkpoint_every_s=0)
 AUGMENT = Augment(flip=True, shift=1)
@@ -21,13 +24,17 @@ PATCH: Attack = PatchPGD(size=4, num_steps=2, alpha=0.25, stop_when_fooled=False
 SPARSE: Attack = SparsePGD(k=6, num_steps=2, stop_when_fooled=False)
 DENSE: Attack = PGDAttack(epsilon=8 / 255, alpha=4 / 255, num_steps=2, stop_when_fooled=False)
 
+VIEWS = CertifiableViews(
+    noised=0.2, masked=0.2, ablated=0.1, consistency=2.0, cutouts=(GreedyCutout(4, 2, candidates=2),), parts=PixelParts(((2, 2),))
+)
+
 
 def make_stage(name: str, model: AMSDN) -> Stage:
     if name == "pretrain":
         return SSRT(PretrainConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH, SPARSE), projection=8), model)
     if name == "train":
         return AdversarialTraining(AdversarialTrainConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH, SPARSE), clean_start=0))
-    return Finetuning(FinetuneConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH, SPARSE, DENSE), mask_side=4))
+    return Finetuning(FinetuneConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH, SPARSE, DENSE), views=VIEWS))
 
 
 def batch_of(split: ArraySplit, seed: int = 0) -> Batch:
@@ -122,6 +129,56 @@ def test_the_clean_start_attacks_nothing_and_what_follows_does(tiny_model: AMSDN
     batch = batch_of(tiny_split)
     assert "accuracy_attacked" not in stage.step(tiny_model.train(), tiny_model, batch).metrics
     assert "accuracy_attacked" in stage.step(tiny_model.train(), tiny_model, replace(batch, progress=0.6)).metrics
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_adversarial_training_shows_views_before_and_beside_its_attacks(tiny_model: AMSDN, tiny_split: ArraySplit, progress: float) -> None:
+    stage = AdversarialTraining(
+        AdversarialTrainConfig(loop=LOOP, augment=AUGMENT, attacks=(PATCH,), attacked_share=0.3, views=VIEWS, clean_start=0.5)
+    )
+    output = stage.step(tiny_model.train(), tiny_model, replace(batch_of(tiny_split), progress=progress))
+    assert {"accuracy_noised", "accuracy_masked", "accuracy_ablated", "noise_consistency", "accuracy"} <= set(output.metrics)
+    assert ("accuracy_attacked" in output.metrics) == (progress > 0.5)
+    assert bool(output.loss.isfinite())
+    output.loss.backward()
+
+
+class Blackened(Augment):
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Noticing(GreedyCutout):
+    seen: ClassVar[list[Tensor]] = []
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        self.seen.append(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_views_are_of_augmented_images(name: str, tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+    views = CertifiableViews(masked=0.3, cutouts=(Noticing(4, 2),))
+    stages = {
+        "train": AdversarialTraining(AdversarialTrainConfig(loop=LOOP, augment=Blackened(), attacks=(), views=views)),
+        "finetune": Finetuning(FinetuneConfig(loop=LOOP, augment=Blackened(), attacks=(PATCH,), views=views)),
+    }
+    Noticing.seen.clear()
+    stages[name].step(tiny_model.train(), tiny_model, batch_of(tiny_split))
+    assert [x.shape for x in Noticing.seen] == [(3, 3, 16, 16)]
+    assert not Noticing.seen[0].any()
+
+
+def test_shares_that_exceed_a_batch_are_refused() -> None:
+    views = CertifiableViews(noised=0.3, masked=0.3)
+    AdversarialTrainConfig(attacked_share=0.4, views=views)
+    AdversarialTrainConfig(attacks=(), views=views)
+    with pytest.raises(InputError, match="train: attacked_share"):
+        AdversarialTrainConfig(attacked_share=0.41, views=views)
+    with pytest.raises(InputError, match="finetune: shares"):  # it wants clean images left
+        FinetuneConfig(attacked_share=0.4, views=views)
+    with pytest.raises(InputError, match="finetune: needs"):
+        FinetuneConfig(attacks=())
 
 
 def test_finetuning_remembers_the_error_of_the_attack_it_drew_and_keeps_all_alive(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
