@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amsdn.commands.certifying import KINDS, Certifying, Kind, certify
-from amsdn.commands.common import check_classes, open_data, open_model
+from amsdn.commands.common import check_classes, open_data, open_model, read_json
 from amsdn.commands.measuring import Measured
 from amsdn.commands.options import parse, positive, recipe_help, split_recipe
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import WHOLE, Shard
-from amsdn.evaluation.headline import describe_certificate
+from amsdn.evaluation.certification import RECORDS, WHOLE, Shard
+from amsdn.evaluation.crosscheck import RESULT
+from amsdn.evaluation.headline import describe_certified
 from amsdn.evaluation.smoothing_attack import RecheckConfig
 from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.evaluation.statistics import share
@@ -64,7 +65,7 @@ def run(args: Sequence[str]) -> None:
     certificates = certify(measured, options.certificates, how, options.samples, shard)
     print(_table(certificates))
     if shard == WHOLE:
-        print(f"rows: {options.out / 'cert.jsonl'}; cross-check: {options.out / 'crosscheck.json'}, no violation")
+        print(f"rows: {options.out / RECORDS}; cross-check: {options.out / RESULT}, {_checked(options.out / RESULT)}")
     else:
         print(f"shard {options.shard} is done; when all are, the same command without --shard attacks what was certified")
 
@@ -100,8 +101,17 @@ def _table(certificates: Sequence[CertRecord]) -> str:
             f"{kind}: {found['samples']} images, {found['mean_samples']:.0f} passes and {found['mean_seconds']:.2g} s an image on average"
         )
         rows = [c for c in certificates if c.certificate == kind]
-        lines.append(f"  {'right, certified or not':<28} {share([c.correct for c in rows])}")
+        if kind != "l2":  # whose answers abstain where nothing is certified
+            lines.append(f"  {'right, certified or not':<28} {share([c.correct for c in rows])}")
         for radius in headline_radii(kind, found["largest"]):
             proved = share([c.correct and c.radius >= radius for c in rows])
-            lines.append(f"  certified {describe_certificate(kind, radius):<18} {proved}")
+            lines.append(f"  certified {describe_certified(kind, radius, found['largest']):<18} {proved}")
     return "\n".join(lines)
+
+
+def _checked(path: Path) -> str:
+    """What the cross-check found, over all kinds that the folder holds; those of earlier calls may hold violations."""
+    kinds = read_json(path)["certificates"]
+    broken = ", ".join(f"{found['violations']} for {kind}" for kind, found in kinds.items() if found["violations"])
+    tried = ", ".join(f"{found['checks']} for {kind}" for kind, found in kinds.items())
+    return f"{f'VIOLATIONS OF AN EARLIER CALL ({broken})' if broken else 'no violation'}; attacked images inside certified radii: {tried}"

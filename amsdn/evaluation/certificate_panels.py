@@ -5,7 +5,7 @@ from typing import Any
 
 from amsdn.evaluation import figures
 from amsdn.evaluation.figures import Axis, Curve, Point
-from amsdn.evaluation.headline import Run, capital, cell_of, count, family_name, percent
+from amsdn.evaluation.headline import Run, capital, cell_of, certified_at, count, describe_certificate, family_name, percent
 from amsdn.evaluation.panels import chart
 
 _FAMILY = {"l0": "sparse"}  # the attacks' name for the threat, where it is not the certificate's
@@ -82,6 +82,33 @@ def _curves(run: Run, certificate: str, slot: int) -> list[Curve]:
     curves = [Curve(run.name, points, slot, markers=False)]
     if attacked := run.defences.get(certificate):
         measured = attacked["curves"].get(_FAMILY.get(certificate, certificate), ())
+        left = []
+    for point in summary["curves"].get(_FAMILY.get(certificate, certificate), ()):
+        empirical, proved = cell_of(point["robust_accuracy"]), certified_at(summary, certificate, point["budget"])
+        if empirical:
+            claimed = percent(proved.value if proved else 0.0)  # the curve ends just beyond the largest radius
+            left.append(f"{describe_certificate(certificate, point['budget'])}: {percent(empirical.value)} % right, {claimed} % certified")
+    said = [
+        f"The {family_name(kind)} certificate is about {_CLASSIFIER[kind]}; the attack rows are about the model as it is. These are different "
+        "classifiers on the same weights."
+        for kind in certificates
+        if kind in _CLASSIFIER
+    ]
+    covered = {_FAMILY.get(kind, kind) for kind in certificates}
+    if uncovered := [family_name(family) for family in run.summary["headline"] if family not in covered]:
+        said.append(f"Nothing is certified against: {', '.join(uncovered)}.")
+    return said
+
+
+def _curves(run: Run, certificate: str, slot: int) -> list[Curve]:
+    """The certified curve, and that of the attacks on the same classifier where there is one."""
+    certified = run.summary["certified"].get(certificate, {}).get("curve", ())
+    points = tuple(Point(p["radius"], c.value, c.low, c.high) for p in certified if (c := cell_of(p["accuracy"])))
+    if not points:
+        return []
+    curves = [Curve(run.name, points, slot, markers=False)]
+    if attacked := run.defences.get(certificate):
+        measured = attacked["curves"].get(_FAMILY.get(certificate, certificate), ())
         left = [(0.0, cell_of(attacked["clean"])), *((p["budget"], cell_of(p["robust_accuracy"])) for p in measured)]
         curves.append(Curve(f"{run.name}, attacked", tuple(Point(b, c.value, c.low, c.high) for b, c in left if c), slot, dash=1))
     return curves
@@ -89,15 +116,27 @@ def _curves(run: Run, certificate: str, slot: int) -> list[Curve]:
 
 def _attack_fact(run: Run, certificate: str, summary: Mapping[str, Any]) -> str:
     names = ", ".join(summary["attacks"])
+    left = [
+        f"{percent(empirical.value)} % right under attack and {percent(proved.value)} % right and certified at {describe_certificate(certificate, point['budget'])}"
+        for point in summary["curves"].get(_FAMILY.get(certificate, certificate), ())
+        if (empirical := cell_of(point["robust_accuracy"]))
+    ]
+    said = f". There, for {'; for '.join(left)}" if left else ""
     return (
-        f"{run.name}, {family_name(certificate)}, dashed: what {names} left of the certified classifier, worst case an image, on the first "
-        f"{summary['samples']} of these images."
+        f"{run.name}, {family_name(certificate)}, dashed: what {names or 'no attack'} left of the certified classifier, worst case an image, on the "
+        f"first {summary['samples']} of these images{said}."
     )
 
 
 def _crosscheck_line(name: str, kind: str, found: Mapping[str, Any]) -> dict[str, str]:
     images, tries, abstained = (count(found[key]) for key in ("samples", "checks", "abstained"))
     close = f", with {abstained} abstentions" if found["abstained"] else ""
+    if not found["checks"]:
+        return {
+            "css": "none",
+            "sign": "–",
+            "text": f"{name}, {family_name(kind)}: nothing to compare, no attacked image lies inside a certified radius.",
+        }
     scope = f"in {tries} attacked images inside the certified radii of {images} images{close}"
     chance = found.get("false_alarm_bound")
     luck = f" Sound code would show one with probability at most {chance:.2g}." if chance else ""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from amsdn.errors import InputError
@@ -34,6 +35,7 @@ def certify_split(
     split: Samples,
     out: Path,
     *,
+    model: nn.Module | None = None,
     sample_ids: Sequence[int] | None = None,
     shard: Shard = WHOLE,
     progress: bool = True,
@@ -44,14 +46,19 @@ def certify_split(
     later run may add samples. With ``shard = (i, n)`` only every n-th sample, from the i-th, is certified and returned, into a
     file of its own; n processes that share ``out`` do the whole, and a call without a shard then finds nothing left to do.
 
+    ``model`` is what ``out`` belongs to, where the certifier works on a variant of it (an AMSDN without its light consistency).
+
     Raises InputError where ``out`` holds certificates of another model, data set or configuration, the model is in train
     mode, or the shard does not exist.
     """
-    model = certifier.model
-    check_eval_mode(model, "certify")
+    check_eval_mode(certifier.model, "certify")
     ids = choose_ids(split, sample_ids)[_check_shard(shard)[0] - 1 :: shard[1]]
     keys = {kind: config_hash(kind, certifier.config) for kind in certifier.kinds}
-    settings = {"model": model_fingerprint(model), "data": data_fingerprint(split), "configuration": canonical(certifier.config)}
+    settings = {
+        "model": model_fingerprint(model or certifier.model),
+        "data": data_fingerprint(split),
+        "configuration": canonical(certifier.config),
+    }
     with writing_to(out):
         claim(out, f"cert_config.{certifier.kinds[0]}.json", settings)
         log = RecordLog(out / _records_of(shard), CertRecord)

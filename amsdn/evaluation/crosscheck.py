@@ -24,7 +24,7 @@ from amsdn.records import CertRecord, EvalRecord, write_json
 
 RESULT = "crosscheck.json"
 DEFENCE_RUNS: Mapping[str, str] = {"patch": "patch-defence", "l0": "l0-defence"}
-"""Where in a run folder the attacks on a certified classifier are recorded, by certificate."""
+"""Where in a run folder the attacks on a certified classifier are recorded, by certificate: in a folder there for each set of them."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class Promise:
     family: str  # the threat family whose unit the radius has
     smoothed: bool = False  # a random classifier, whose answers attack rows do not hold
     or_alarm: bool = False  # an attacked image may also be detected instead of answered
+    zero_claims: bool = False  # radius 0 still promises the answer on the image itself, whatever images are beside it
 
 
 CLAIMS: Mapping[str, Promise] = {
     "l2": Promise("l2", smoothed=True),
     "patch": Promise("patch"),
     "patch-detection": Promise("patch", or_alarm=True),
-    "l0": Promise("sparse"),
+    "l0": Promise("sparse", zero_claims=True),
 }
 
 
@@ -68,6 +69,7 @@ class Checked:
     abstained: int = 0  # of the checks: smoothed answers too close to call
     false_alarm_bound: float = 0.0  # the most that the chance of any violation can be if the code is sound
     rows: tuple[Mapping[str, Any], ...] = ()  # every check that no other file holds
+    folder: str = ""  # within the run folder, where the attack rows lie
 
 
 class CertificateViolation(RuntimeError):
@@ -96,7 +98,9 @@ def cross_check(eval_records: Iterable[EvalRecord], cert_records: Iterable[CertR
     """Compare the rows of the certified classifier under attack with its certificates, one result per kind among ``cert_records``.
 
     Unattacked rows count as spending 0: the answer on the image itself is part of every claim. Certificates of the smoothed
-    classifier and abstentions claim nothing here. Raises InputError for a kind of certificate that ``CLAIMS`` does not know.
+    classifier and abstentions claim nothing here, nor does a patch certificate of radius 0: where it failed for a near tie, the answer
+    may round otherwise in another batch. An image that an attack left as it was, because its answer was wrong before, is no attacked
+    image. Raises InputError for a kind of certificate that ``CLAIMS`` does not know.
     """
     rows: dict[int, list[EvalRecord]] = {}
     for row in eval_records:
@@ -107,7 +111,7 @@ def cross_check(eval_records: Iterable[EvalRecord], cert_records: Iterable[CertR
         if promise.smoothed:
             continue
         pairs = by_kind.setdefault(certificate.certificate, [])
-        if certificate.prediction != ABSTAIN:
+        if certificate.prediction != ABSTAIN and (certificate.radius > 0 or promise.zero_claims):
             inside = (
                 r for r in rows.get(certificate.sample_id, ()) if r.family in (promise.family, "clean") and r.spent <= certificate.radius
             )
@@ -139,7 +143,7 @@ def _checked(kind: str, pairs: Sequence[tuple[CertRecord, EvalRecord]]) -> Check
         for c, row in pairs
         if row.prediction != c.prediction and not (alarm and row.detected)
     )
-    attacked = [c.sample_id for c, row in pairs if row.family != "clean" and c.radius > 0]
+    attacked = [c.sample_id for c, row in pairs if row.spent > 0]
     return Checked(kind, len(set(attacked)), len(attacked), found)
 
 

@@ -99,6 +99,12 @@ def describe_certificate(kind: str, radius: float) -> str:
     return describe({"l0": "sparse"}.get(kind, kind), radius)
 
 
+def describe_certified(kind: str, radius: float, largest: float) -> str:
+    """As ``describe_certificate``, but where nothing is certified, so that no row tells what size of patch was asked for, it names none."""
+    nothing = {"patch": "patch of any size", "patch-detection": "patch of any size or alarm"}
+    return describe_certificate(kind, radius) if largest or kind not in nothing else nothing[kind]
+
+
 def short_budget(family: str, budget: float) -> str:
     """The budget alone; norms of small pixel changes in the customary 255ths where that is a whole number."""
     over = budget * 255
@@ -230,18 +236,19 @@ def _certified_rows(runs: Sequence[Run]) -> list[Row]:
         same = [_certified_images(first, certificate) == _certified_images(r, certificate) for r in runs[1:]]
         shown = 0
         for radius in headline_radii(certificate, found["largest"]):
-            cells = [_certified_at(r, certificate, radius) for r in runs]
+            cells = [certified_at(r.summary, certificate, radius) for r in runs]
             if cells[0] is None or (shown and not any(c.value for c in cells if c)):
                 continue  # beyond every certificate
             note = f"{count(found['mean_samples'])} passes an image"
-            label = f"Certified {describe_certificate(certificate, radius)}"
+            label = f"Certified {describe_certified(certificate, radius, found['largest'])}"
             rows.append(_row(runs, f"certified:{certificate}:{radius:g}", label, note, "certified", cells, same))
             shown += 1
     return rows
 
 
-def _certified_at(run: Run, certificate: str, radius: float) -> Cell | None:
-    curve = run.summary["certified"].get(certificate, {}).get("curve", ())
+def certified_at(summary: Mapping[str, Any], certificate: str, radius: float) -> Cell | None:
+    """The share answered rightly with a certified radius of at least ``radius``; None where the curve has no such point."""
+    curve = summary["certified"].get(certificate, {}).get("curve", ())
     return next((cell_of(p["accuracy"]) for p in curve if math.isclose(p["radius"], radius, rel_tol=1e-6)), None)
 
 

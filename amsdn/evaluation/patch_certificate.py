@@ -56,7 +56,7 @@ class MaskedInference(MaskedVoting, Protocol):
     confidence: float  # the largest probability from which a view under coarser masks stands for those below it
 
     @property
-    def settings(self) -> Any:
+    def config(self) -> Any:
         """A frozen dataclass that determines its masks for every image size, its fill and its confidence."""
 
     def tree(self, height: int, width: int, /) -> MaskTree:
@@ -114,7 +114,7 @@ class PatchCertifier(Certifier):
         self.defence: MaskedInference = defence
         self.model = defence.classifier
         self.views_per_pass = views_per_pass
-        self.config = PatchCertificateConfig(size, type(defence).__name__, defence.settings, tolerance)
+        self.config = PatchCertificateConfig(size, type(defence).__name__, defence.config, tolerance)
 
     def certify(self, samples: Iterator[Sample]) -> Iterator[tuple[int, Mapping[str, Claim]]]:
         """See ``Certifier``. Passes are full while samples last; what is asked of one image does not depend on the others."""

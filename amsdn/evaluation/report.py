@@ -27,7 +27,7 @@ from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, count, headline_ro
 from amsdn.evaluation.pictures import picture_groups
 from amsdn.evaluation.summary import summarise
 from amsdn.evaluation.terminal import as_text
-from amsdn.records import EvalRecord, read_records, write_atomic
+from amsdn.records import CertRecord, EvalRecord, read_records, write_atomic
 
 
 def build_report(runs: Mapping[str, Path], out: Path, *, title: str) -> Path:
@@ -87,7 +87,8 @@ def _load_run(name: str, folder: Path, headline: Mapping[str, float] | None) -> 
         raise InputError(f"{folder / 'eval.jsonl'}: holds no clean rows; run `amsdn evaluate` to its end first")
     certificates = read_certificates(folder)
     summary = summarise(records, certificates, headline=headline or info.get("headline"))
-    return Run(name, info, records, certificates, summary, _crosscheck(folder / RESULT), _defences(folder))
+    checked = _crosscheck(folder / RESULT)
+    return Run(name, info, records, certificates, summary, checked, _defences(folder, checked, certificates))
 
 
 def _crosscheck(path: Path) -> Any | None:
@@ -102,10 +103,16 @@ def _crosscheck(path: Path) -> Any | None:
     return found
 
 
-def _defences(folder: Path) -> dict[str, dict[str, Any]]:
-    """By certificate, the summary of the attacks on the classifier that it certifies."""
-    runs = {kind: folder / name / "eval.jsonl" for kind, name in DEFENCE_RUNS.items()}
-    return {kind: summarise(read_records(path, EvalRecord)) for kind, path in runs.items() if path.exists()}
+def _defences(folder: Path, checked: Any | None, certificates: Sequence[CertRecord]) -> dict[str, dict[str, Any]]:
+    """By certificate, the summary of the attacks on the classifier that it certifies, with its certificates on the same samples."""
+    found = {}
+    for kind in DEFENCE_RUNS:
+        attacked = (checked or {"certificates": {}})["certificates"].get(kind, {}).get("folder")
+        if attacked and (path := folder / attacked / "eval.jsonl").exists():
+            rows = read_records(path, EvalRecord)
+            samples = {row.sample_id for row in rows}
+            found[kind] = summarise(rows, [c for c in certificates if c.certificate == kind and c.sample_id in samples])
+    return found
 
 
 def _read_json(path: Path) -> Any:

@@ -154,7 +154,7 @@ class SmoothingConfig:
     """
 
     sigma: float = 0.25  # standard deviation of the noise, in pixel units
-    radii: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)  # l2, growing; at 0 the prediction alone is certified
+    radii: tuple[float, ...] = (0.25, 0.5)  # l2, growing; 0 asks for the prediction alone, which is dear where it is close
     fixed: bool = False  # n samples for every image, whether it needs them or not
     n0: int = 64  # samples that choose the class, then are thrown away; rounded up to whole blocks, as n is
     n: int = 100_000  # the most that an image gets to bound the probability of its class

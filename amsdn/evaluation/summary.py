@@ -258,7 +258,7 @@ def default_radii(kind: str, largest: float) -> list[float]:
 def headline_radii(kind: str, largest: float) -> list[float]:
     """The radii worth a line of a table, given the largest certified one; at least one, so that having proved nothing shows too."""
     if kind == "l2":
-        return [0.25, 0.5, 0.75, 1.0]
+        return [r for r in (0.25, 0.5, 0.75, 1.0) if r <= max(largest, 0.25)]
     if kind == "l0":
         return [float(r) for r in (1, 2, 4, 8, 12, 16, 24, 32) if r <= max(largest, 1)]
     return [max(largest, 1.0)]

@@ -128,8 +128,8 @@ class DoubleMasking(nn.Module):
         self.train(classifier.training)
 
     @property
-    def settings(self) -> MaskingSettings:
-        """What identifies the defence in the records of its certificates."""
+    def config(self) -> MaskingSettings:
+        """What identifies the defence, besides its class and the classifier, in run folders and in the records of its certificates."""
         fill = tuple(round(value, 6) for value in self.fill.flatten().tolist())
         return MaskingSettings(self.patch, self.masks_per_axis, fill, self.coarser, self.confidence)
 

@@ -10,6 +10,7 @@ training data, which T separate networks also withstand, is not covered by a sha
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,14 @@ from amsdn.utils.partition import Grid, check_grid, part_views
 from amsdn.utils.voting import NO_VOTE, cast_votes, changes_survived, count_votes, run_off
 
 TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class PartitionSettings:
+    """All that the answers and the certificate depend on, besides the classifier."""
+
+    grid: Grid
+    tolerance: float
 
 
 class PixelPartition(nn.Module):
@@ -44,6 +53,11 @@ class PixelPartition(nn.Module):
         self.classifier, self.views_per_pass, self.tolerance = classifier, views_per_pass, tolerance
         self.grid: Grid = (rows, columns)
         self.train(classifier.training)
+
+    @property
+    def config(self) -> "PartitionSettings":
+        """What identifies the defence, besides the classifier, in run folders."""
+        return PartitionSettings(self.grid, self.tolerance)
 
     @property
     def parts(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from amsdn.attacks import Attack, GuidedSparseRS, MaskingAwarePatch, PatchPGD, SparsePGD
+from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
 from amsdn.models.double_masking import ChallengerMasking
 from amsdn.models.pixel_partition import PixelPartition
@@ -67,6 +68,10 @@ class DefenceAttacks:
     steps: int = 20  # of gradient attacks
     queries: int = 60  # of random search
     pixels: tuple[int, ...] = (2, 4, 8)  # budgets against the pixel votes
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"attacks: samples must be at least 1, got {self.samples}")
 
     def on_patches(self, size: int) -> Mapping[str, Attack]:
         """Gradients through the mean over masks, and the attack that knows the masks."""

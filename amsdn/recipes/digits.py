@@ -50,7 +50,7 @@ def digits_demo() -> Recipe:
                 ablated=0.05,
                 consistency=2.0,
                 cutouts=(GreedyCutout(patch=8, masks_per_axis=4, candidates=4),),
-                parts=PixelParts(grids=((4, 4),)),
+                parts=PixelParts(grids=((6, 6),)),
             ),
             attacks=(
                 PGDAttack(epsilon=8 / 255, alpha=3 / 255, num_steps=4, stop_when_fooled=False),
@@ -63,9 +63,9 @@ def digits_demo() -> Recipe:
         headline=HEADLINE,
         samples=150,
         certified_samples=60,
-        smoothing=SmoothingConfig(sigma=0.25, radii=(0.0, 0.25, 0.5), n=2000),
+        smoothing=SmoothingConfig(sigma=0.25, n=2000),
         recheck=RecheckConfig(steps=5, draws=4, n=200),
         patch=PatchDefence(size=8, masks_per_axis=4),
-        pixels=PixelDefence(rows=4, columns=4),
-        defence_attacks=DefenceAttacks(samples=20, steps=10, queries=30, pixels=(2, 6)),
+        pixels=PixelDefence(rows=6, columns=6),
+        defence_attacks=DefenceAttacks(samples=20, steps=10, queries=30, pixels=(4, 12)),
     )

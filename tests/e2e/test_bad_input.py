@@ -159,6 +159,37 @@ class Crashing(Net):
     def forward(self, x):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
+class Coupled(Net):  # an image changes the answers to its neighbours
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+class Noisy(Net):  # and does not say so
+    stochastic = False
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+class Honest(Noisy):
+    stochastic = True
+
+class OneClass(Net):
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
+def coupled():
+    return Coupled()
+
+def noisy():
+    return Noisy()
+
+def honest():
+    return Honest()
+
+def one_class():
+    return OneClass()
+
 class Tuple(Net):
     def forward(self, x):
         return super().forward(x), x
@@ -207,6 +238,59 @@ def test_a_foreign_classifier_that_cannot_be_used(
     assert not list((tmp_path / "out").glob("eval.jsonl"))
 
 
+@pytest.mark.parametrize("kind", ["l2", "patch", "l0"])
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("not_finite", "not finite"),
+        ("stubborn", "eval()"),
+        ("crashes", "cannot be multiplied"),
+        ("returns_a_tuple", "tuple"),
+        ("coupled", "images beside it"),
+        ("noisy", "from call to call"),
+        ("one_class", "1 classes"),
+    ],
+)
+def test_a_foreign_classifier_that_cannot_be_certified_leaves_nothing_behind(
+    kind: str, function: str, says: str, amsdn: Shell, foreign: str, arrays: Path, tmp_path: Path
+) -> None:
+    fitting = ["--patch.size", "4", "--certificates", kind]
+    words = ["--data", f"arrays:{arrays}", "--model", f"{foreign}:{function}", "--out", tmp_path / "out", *fitting]
+    refused(amsdn("certify", *words), says)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["patch", "l0"])
+def test_only_noise_certifies_a_classifier_that_declares_randomness(
+    kind: str, amsdn: Shell, foreign: str, arrays: Path, tmp_path: Path
+) -> None:
+    words = ["--data", f"arrays:{arrays}", "--model", f"{foreign}:honest", "--out", tmp_path / "out", "--patch.size", "4"]
+    refused(amsdn("certify", *words, "--certificates", kind), "stochastic")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--patch.size", "17"], "a 17x17 patch does not fit images of 16x16"),
+        (["--patch.size", "0"], "patch, masks_per_axis and views_per_pass must be at least 1"),
+        (["--patch.masks-per-axis", "0"], "patch, masks_per_axis and views_per_pass must be at least 1"),
+        (["--patch.coarser", "1"], "coarser must hold numbers from 2"),
+        (["--patch.confidence", "2"], "confidence be a probability"),
+        (["--pixels.rows", "0"], "rows, columns and views_per_pass must be at least 1"),
+        (["--pixels.rows", "17"], "17x6 parts do not fit images of 16x16"),
+        (["--attacks.steps", "0"], "num_steps must be at least 1"),
+        (["--attacks.pixels", "0"], "must be positive"),
+    ],
+)
+def test_a_certificate_that_does_not_fit_is_refused_before_the_others_are_made(
+    words: list[str], says: str, amsdn: Shell, arrays: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    common = ["--data", f"arrays:{arrays}", "--model", model_folder, "--out", tmp_path / "out", "--patch.size", "4"]
+    refused(amsdn("certify", *common, *words), says)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_foreign_classifier_is_evaluated_without_any_of_our_model_code(amsdn: Shell, foreign: str, arrays: Path, tmp_path: Path) -> None:
     names = ["pgd-4", "sparse-pgd-5"]
     outcome = amsdn("evaluate", "--data", f"arrays:{arrays}", "--model", f"{foreign}:good", "--out", tmp_path / "out", "--attacks", *names)
@@ -233,6 +317,13 @@ def test_a_foreign_classifier_is_evaluated_without_any_of_our_model_code(amsdn: 
         (["report"], "no run folder given"),
         (["report", "no/such/run"], "no/such/run"),
         (["certify", "--smoothing.sigma", "0", "--limit", "4"], "sigma must be positive"),
+        (["certify", "--smoothing.radii", "0.5", "0.25"], "radii must be at least 0, finite and growing"),
+        (["certify", "--smoothing.radii", "-1"], "radii must be at least 0, finite and growing"),
+        (["certify", "--certificates", "l3"], "invalid choice 'l3'"),
+        (["certify", "--certificates"], "name at least one of l2, patch, l0"),
+        (["certify", "--samples", "0"], "--samples must be at least 1"),
+        (["certify", "--attacks.samples", "0"], "samples must be at least 1"),
+        *((["certify", "--shard", shard], f"--shard {shard}: must be i/n") for shard in ("0/2", "3/2", "x", "1", "-1/2")),
         (["attack", "pgd", "--attack.epsilon", "-1"], "must be positive, got -1"),
         (["attack", "--attack"], "name an attack"),
         (["attack", "--k", "3"], "name an attack"),
@@ -273,6 +364,7 @@ def test_an_output_folder_that_cannot_be_written(amsdn: Shell, arrays: Path, mod
     common = ["--data", f"arrays:{arrays}", "--out", blocked / "out"]
     refused(amsdn("evaluate", *common, "--model", model_folder, "--attacks", "pgd-4"), str(blocked))
     refused(amsdn("train", *common, "--loop.epochs", "1", "--model.width", "2"), str(blocked))
+    refused(amsdn("certify", *common, "--model", model_folder, "--patch.size", "4"), str(blocked))
     assert blocked.read_text() == "in the way"
 
 
@@ -287,7 +379,7 @@ def test_a_full_disk(command: str, amsdn: Shell, arrays: Path, model_folder: Pat
     args = {
         "train": ["train", *data, "--loop.epochs", "0.2", "--loop.batch-size", "10", "--model.width", "2"],
         "evaluate": ["evaluate", *data, "--model", model_folder, "--attacks", "pgd-4"],
-        "certify": ["certify", *data, "--model", model_folder, "--samples", "2"],
+        "certify": ["certify", *data, "--model", model_folder, "--samples", "2", "--patch.size", "4"],
         "predict": ["predict", picture, "--model", model_folder, "--out", tmp_path / "out"],
     }[command]
     outcome = amsdn(*args)

@@ -139,7 +139,7 @@ def check_variables(found: dict[str, Any], folder: Path) -> None:
     rows = [[attack, sample] for attack in ("clean", "patch-pgd", "sparse-rs", "pgd") for sample in range(8)]
     assert found["records"] == rows
     assert found["twin_records"] == rows
-    assert found["certificates"] == [0, 1, 2]
+    assert found["certificates"] == [0, 1, 2, 0, 0, 1, 1, 2, 2, 0, 1, 2]  # l2, patch with its detection, l0
     assert found["large"] == 100
     report = Path(found["report"])
     assert report.is_relative_to(folder.resolve())

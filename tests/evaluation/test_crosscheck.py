@@ -50,6 +50,20 @@ def test_the_clean_prediction_is_inside_every_radius() -> None:
     assert len(violations([eval_row(0, correct=False)], [cert_row(0, 0.0, certificate="l0")])) == 1
 
 
+@pytest.mark.parametrize("certificate", ["patch", "patch-detection"])
+def test_a_patch_certificate_of_radius_zero_claims_nothing(certificate: str) -> None:
+    wrong, failed = eval_row(0, correct=False, prediction=2), cert_row(0, 0.0, certificate=certificate)  # a near tie, rounded otherwise
+    assert violations([wrong], [failed]) == []
+    assert len(violations([wrong], [cert_row(0, 5.0, certificate=certificate)])) == 1
+
+
+def test_an_image_that_was_not_attacked_is_not_counted_as_tried() -> None:
+    untouched = [attacked(1, 0.0), attacked(1, 0.0, "sparse")]  # wrong before the attack, which left it alone
+    certificates = [cert_row(0, 5.0, certificate="patch"), cert_row(0, 5.0, certificate="l0")]
+    assert [(r.samples, r.checks) for r in cross_check(untouched, certificates)] == [(0, 0), (0, 0)]
+    assert len(violations([attacked(2, 0.0)], certificates[:1])) == 1  # its answer counts all the same
+
+
 def test_unknown_certificates_are_not_passed_over() -> None:
     with pytest.raises(InputError, match="unknown certificate 'l7'"):
         cross_check([], [cert_row(certificate="l7")])

@@ -353,3 +353,24 @@ def test_fingerprint_sees_every_tensor_and_the_kind_of_model() -> None:
 
 def test_attack_hash_is_its_configuration() -> None:
     assert hash_of(FlipPixels(1)) == hash_of(FlipPixels(1)) != hash_of(FlipPixels(2)) != hash_of(None)
+
+
+def test_defences_around_one_model_are_told_apart() -> None:
+    """Their parameters are the model's; what differs lies in their configuration."""
+    from amsdn.models.double_masking import ChallengerMasking, DoubleMasking
+    from amsdn.models.pixel_partition import PixelPartition
+
+    model = Linear(side=8).eval()
+    defences = [
+        model,
+        *(
+            ChallengerMasking(model, 2, masks, coarser=c, confidence=p)
+            for masks, c, p in ((2, (), 0.8), (3, (), 0.8), (2, (2,), 0.8), (2, (2,), 0.9))
+        ),
+        DoubleMasking(model, 2, 2),
+        PixelPartition(model, 2, 2),
+        PixelPartition(model, 2, 4),
+        PixelPartition(model, 2, 4, tolerance=0.01),
+    ]
+    fingerprints = [model_fingerprint(defence) for defence in defences]
+    assert len(set(fingerprints)) == len(defences)

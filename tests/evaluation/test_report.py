@@ -275,7 +275,7 @@ def test_reproduction_details_are_on_the_page(tmp_path: Path) -> None:
 
 def test_folder_that_evaluation_really_writes(tmp_path: Path) -> None:
     folder, model = tmp_path / "run", Detecting().eval()
-    split, smoothing = images(6, model), SmoothingConfig(n0=10, n=50)
+    split, smoothing = images(6, model), SmoothingConfig(n0=10, n=100, sigma=0.05, radii=(0.02,))
     evaluate(model, split, {"flip-1": FlipPixels(1), "flip-2": FlipPixels(2)}, folder, EvaluateConfig(batch_size=6), progress=False)
     certificates = certify_split(SmoothingCertifier(model, smoothing), split, folder, sample_ids=[0, 3], progress=False)
     recheck = RecheckConfig(steps=2, draws=2, n=50)
