@@ -21,7 +21,7 @@ COMMANDS = {
     "attack": "run one attack against a model and keep the attacked images",
     "patch": "learn one patch for all images, judge it on unseen ones, and print it",
     "evaluate": "clean and robust accuracy, detection, per-image worst case",
-    "certify": "certified L2 robustness by randomized smoothing, cross-checked by attacks",
+    "certify": "certificates against L2 changes, patches and few pixels, cross-checked by attacks",
     "predict": "classify image files and show where they look attacked",
     "report": "one page from one or more evaluated runs",
 }

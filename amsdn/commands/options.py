@@ -63,8 +63,11 @@ def parse(default: T, args: Sequence[str], command: str, description: str) -> T:
 def _first_paragraph(box: str) -> str:
     """What tyro says first inside the box it draws, as one line."""
     inside = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    said = itertools.takewhile(lambda line: not line.startswith("─"), inside)
-    return " ".join(line for line in said if line) or " ".join(re.sub(r"\x1b\[[0-9;]*m", "", box).split())  # no box where it is no terminal
+    if inside:
+        said = itertools.takewhile(lambda line: not line.startswith("─"), inside)
+        return " ".join(line for line in said if line)
+    plain = re.sub(r"\x1b\[[0-9;]*m|(?<!\S)[─-]{5,}(?!\S)", " ", box)  # where it is no terminal there is no box, but rules between parts
+    return " ".join(plain.split("For full helptext")[0].split())
 
 
 def split_recipe(args: Sequence[str]) -> tuple[Recipe, list[str]]:

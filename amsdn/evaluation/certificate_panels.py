@@ -1,7 +1,11 @@
 """The report's parts about certificates: curves with the attacks above them, costs, the cross-check, and what is not promised."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
+
+from markupsafe import Markup
 
 from amsdn.evaluation import figures
 from amsdn.evaluation.figures import Axis, Curve, Point
@@ -37,6 +41,16 @@ def certificate_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return charts
 
 
+def certificate_legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
+    """The lines of these charts: what is certified of each run, and what attacks left of the same certified classifier."""
+    legend = []
+    for slot, run in enumerate(runs):
+        legend.append((figures.swatch(slot, marker=False), f"{run.name}, certified"))
+        if run.defences:
+            legend.append((figures.swatch(slot, 1), f"{run.name}, attacked"))
+    return legend
+
+
 def certificate_facts(runs: Sequence[Run]) -> list[str]:
     """What the certificates cost, how often they abstained and what the median image is certified for; one line per run and certificate."""
     facts = []
@@ -44,7 +58,8 @@ def certificate_facts(runs: Sequence[Run]) -> list[str]:
         for certificate, found in run.summary["certified"].items():
             cost = f"{count(found['mean_samples'])} forward passes and {found['mean_seconds']:.2g} s an image"
             abstained = cell_of(found["abstained"])
-            share = f", {percent(abstained.value)} % abstentions" if abstained and abstained.value else ""
+            word = "alarms without an attack" if certificate == "patch-detection" else "abstentions"
+            share = f", {percent(abstained.value)} % {word}" if abstained and abstained.value else ""
             median = f", median radius {found['median']:g}" if found.get("median") is not None else ""
             facts.append(f"{run.name}, {family_name(certificate)}: {found['samples']} images, {cost} on average{share}{median}.")
         facts += [_attack_fact(run, certificate, summary) for certificate, summary in run.defences.items()]
@@ -76,34 +91,7 @@ def certificate_limits(run: Run) -> list[str]:
 def _curves(run: Run, certificate: str, slot: int) -> list[Curve]:
     """The certified curve, and that of the attacks on the same classifier where there is one."""
     certified = run.summary["certified"].get(certificate, {}).get("curve", ())
-    points = tuple(Point(p["radius"], c.value, c.low, c.high) for p in certified if (c := cell_of(p["accuracy"])))
-    if not points:
-        return []
-    curves = [Curve(run.name, points, slot, markers=False)]
-    if attacked := run.defences.get(certificate):
-        measured = attacked["curves"].get(_FAMILY.get(certificate, certificate), ())
-        left = []
-    for point in summary["curves"].get(_FAMILY.get(certificate, certificate), ()):
-        empirical, proved = cell_of(point["robust_accuracy"]), certified_at(summary, certificate, point["budget"])
-        if empirical:
-            claimed = percent(proved.value if proved else 0.0)  # the curve ends just beyond the largest radius
-            left.append(f"{describe_certificate(certificate, point['budget'])}: {percent(empirical.value)} % right, {claimed} % certified")
-    said = [
-        f"The {family_name(kind)} certificate is about {_CLASSIFIER[kind]}; the attack rows are about the model as it is. These are different "
-        "classifiers on the same weights."
-        for kind in certificates
-        if kind in _CLASSIFIER
-    ]
-    covered = {_FAMILY.get(kind, kind) for kind in certificates}
-    if uncovered := [family_name(family) for family in run.summary["headline"] if family not in covered]:
-        said.append(f"Nothing is certified against: {', '.join(uncovered)}.")
-    return said
-
-
-def _curves(run: Run, certificate: str, slot: int) -> list[Curve]:
-    """The certified curve, and that of the attacks on the same classifier where there is one."""
-    certified = run.summary["certified"].get(certificate, {}).get("curve", ())
-    points = tuple(Point(p["radius"], c.value, c.low, c.high) for p in certified if (c := cell_of(p["accuracy"])))
+    points = _steps([Point(p["radius"], c.value, c.low, c.high) for p in certified if (c := cell_of(p["accuracy"]))])
     if not points:
         return []
     curves = [Curve(run.name, points, slot, markers=False)]
@@ -114,17 +102,26 @@ def _curves(run: Run, certificate: str, slot: int) -> list[Curve]:
     return curves
 
 
+def _steps(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points with a drop right after each, for a line that claims nothing between two radii that is not proved at the larger one."""
+    drops = [(a, replace(b, x=a.x)) for a, b in pairwise(points)]
+    return (*(p for drop in drops for p in drop), *points[-1:])
+
+
 def _attack_fact(run: Run, certificate: str, summary: Mapping[str, Any]) -> str:
-    names = ", ".join(summary["attacks"])
-    left = [
-        f"{percent(empirical.value)} % right under attack and {percent(proved.value)} % right and certified at {describe_certificate(certificate, point['budget'])}"
-        for point in summary["curves"].get(_FAMILY.get(certificate, certificate), ())
-        if (empirical := cell_of(point["robust_accuracy"]))
-    ]
-    said = f". There, for {'; for '.join(left)}" if left else ""
+    names = ", ".join(summary["attacks"]) or "no attack"
+    compared = []
+    for point in summary["curves"].get(_FAMILY.get(certificate, certificate), ()):
+        left, proved = cell_of(point["robust_accuracy"]), certified_at(summary, certificate, point["budget"])
+        if left:
+            claimed = percent(proved.value if proved else 0.0)  # the curve ends just beyond the largest radius
+            compared.append(
+                f"{describe_certificate(certificate, point['budget'])}, {percent(left.value)} % right and {claimed} % certified"
+            )
+    there = f" On these: {'; '.join(compared)}." if compared else ""
     return (
-        f"{run.name}, {family_name(certificate)}, dashed: what {names or 'no attack'} left of the certified classifier, worst case an image, on the "
-        f"first {summary['samples']} of these images{said}."
+        f"{run.name}, {family_name(certificate)}, dashed: what {names} left of the certified classifier, worst case an image, on the "
+        f"first {summary['samples']} of the certified images.{there}"
     )
 
 
@@ -132,11 +129,8 @@ def _crosscheck_line(name: str, kind: str, found: Mapping[str, Any]) -> dict[str
     images, tries, abstained = (count(found[key]) for key in ("samples", "checks", "abstained"))
     close = f", with {abstained} abstentions" if found["abstained"] else ""
     if not found["checks"]:
-        return {
-            "css": "none",
-            "sign": "–",
-            "text": f"{name}, {family_name(kind)}: nothing to compare, no attacked image lies inside a certified radius.",
-        }
+        text = f"{name}, {family_name(kind)}: nothing to compare, no attacked image lies inside a certified radius."
+        return {"css": "none", "sign": "–", "text": text}
     scope = f"in {tries} attacked images inside the certified radii of {images} images{close}"
     chance = found.get("false_alarm_bound")
     luck = f" Sound code would show one with probability at most {chance:.2g}." if chance else ""

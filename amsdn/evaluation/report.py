@@ -152,6 +152,7 @@ def _context(title: str, runs: Sequence[Run], rows: Sequence[Row], subject: Path
         "any_heat": any(example["heat"] for group in pictures for example in group["examples"]),
         "curves": panels.budget_charts(runs),
         "certified": certificate_panels.certificate_charts(runs),
+        "certificate_legend": certificate_panels.certificate_legend(runs),
         "certificate_facts": certificate_panels.certificate_facts(runs),
         "detectors": panels.roc_charts(runs),
         "crosschecks": [line for run in runs for line in certificate_panels.crosscheck_lines(run)],

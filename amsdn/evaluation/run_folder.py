@@ -85,9 +85,18 @@ def claim(out: Path, name: str, settings: dict[str, Any], records: str | None = 
     except (ValueError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: not a settings file ({e}); delete the folder to start afresh") from e
     if differing:
-        key = differing[0]
-        was, now = _brief(found.get(key)), _brief(wanted.get(key))
-        raise InputError(f"{out}: holds a run with another {key} ({was}, now {now}); use the same {key} to resume it, or another folder")
+        key, was, now = _difference(differing[0], found.get(differing[0]), wanted.get(differing[0]))
+        raise InputError(
+            f"{out}: holds a run with another {key} ({_brief(was)}, now {_brief(now)}); use the same {key} to resume it, or another folder"
+        )
+
+
+def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first setting that differs inside ``key``, by its dotted name, and its two values."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        inner = next(name for name in {**now, **was} if now.get(name) != was.get(name))
+        return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
+    return key, was, now
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from amsdn.attacks import Attack, GuidedSparseRS, MaskingAwarePatch, PatchPGD, SparsePGD
+from amsdn.attacks.patch_attacks import Size, sides
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
 from amsdn.models.double_masking import ChallengerMasking
@@ -18,11 +19,11 @@ from amsdn.protocols import mask_fill_of
 
 @dataclass(frozen=True)
 class PatchDefence:
-    """Double masking against one square patch. The mask set should be one that the model was trained with."""
+    """Double masking against one patch. The mask set should be one that the model was trained with."""
 
-    size: int = 5  # side of the patch in pixels
+    size: Size = 5  # side of the patch, or its height and width, in pixels
     masks_per_axis: int = 6  # 6: small masks, up to 666 pairs; 3: large masks, up to 45
-    coarser: tuple[int, ...] = (2,)  # (2,): masks around 2 x 2 others are asked first, and stand for these where the model is confident
+    coarser: tuple[int, ...] = (2,)  # masks around 2 x 2 others are asked first, and stand for these where confident; none: no such masks
     confidence: float = 0.8  # the probability from which they do
     views_per_pass: int = 256  # masked images in memory at once
 
@@ -73,11 +74,12 @@ class DefenceAttacks:
         if self.samples < 1:
             raise InputError(f"attacks: samples must be at least 1, got {self.samples}")
 
-    def on_patches(self, size: int) -> Mapping[str, Attack]:
-        """Gradients through the mean over masks, and the attack that knows the masks."""
+    def on_patches(self, size: Size) -> Mapping[str, Attack]:
+        """Gradients through the mean over masks, and the attack that knows the masks; by the largest square that is certified."""
+        side = min(sides(size))
         return {
-            f"patch-pgd-{size}": PatchPGD(size, self.steps),
-            f"masking-aware-{size}": MaskingAwarePatch(size, self.steps, majority_places=4, confirming_places=1),
+            f"patch-pgd-{side}": PatchPGD(side, self.steps),
+            f"masking-aware-{side}": MaskingAwarePatch(side, self.steps, majority_places=4, confirming_places=1),
         }
 
     def on_pixels(self) -> Mapping[str, Attack]:

@@ -28,6 +28,7 @@ def firm_votes(logits: Tensor, tolerance: float) -> Tensor:
     ``tolerance`` is relative to the voter's largest absolute logit. Networks round differently in batches of other sizes; what
     is left here is what rounding within half of the tolerance a logit cannot change.
     """
+    assert logits.shape[-1] > 1, "a vote needs at least two classes"
     top = logits.topk(2, dim=-1).values
     return torch.where(top[..., 0] - top[..., 1] > tolerance * logits.abs().amax(-1), cast_votes(logits), NO_VOTE)
 

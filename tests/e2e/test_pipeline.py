@@ -83,6 +83,40 @@ def test_shards_make_the_rows_of_the_whole(amsdn: Shell, trained: Path, arrays: 
     assert [replace(r, seconds=0.0) for r in rows] == [replace(r, seconds=0.0) for r in expected]
 
 
+def test_certifying_more_images_and_attacking_otherwise_goes_on_in_the_same_folder(
+    amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    common = ["certify", "--certificates", "patch", "l0", "--model", model_folder, "--data", f"arrays:{arrays}", "--out", out, *CHEAPLY]
+    folders: list[set[str]] = []
+    for words in (["--samples", "1"], ["--samples", "3"], ["--samples", "4"], ["--samples", "4", "--attacks.steps", "2"]):
+        outcome = amsdn(*common, *words)
+        assert outcome.code == 0, outcome
+        assert "no violation; attacked images inside certified radii: " in outcome.out
+        assert len(read_certificates(out)) == 3 * int(words[1])
+        kinds = json.loads((out / "crosscheck.json").read_text())["certificates"]
+        folders.append({kind["folder"] for kind in kinds.values()})
+        assert all((out / folder / "eval.jsonl").exists() for folder in folders[-1])
+    one, three, four, otherwise = folders
+    assert three == four  # the same two images attacked in the same way: nothing was done again
+    assert not one & three
+    assert not three & otherwise
+    refused = amsdn(*common, "--samples", "4", "--patch.size", "3")
+    assert refused.code == 2
+    assert "another configuration" in refused.err
+
+
+def test_a_violation_of_an_earlier_call_is_not_passed_over(amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = json.dumps({"violations": 1, "certificates": {"patch": {"violations": 1, "checks": 2}}})
+    out.mkdir()
+    (out / "crosscheck.json").write_text(found)
+    words = ["--certificates", "l0", "--samples", "2", "--data", f"arrays:{arrays}", "--out", out, *CHEAPLY]
+    outcome = amsdn("certify", "--model", model_folder, *words)
+    assert outcome.code == 0, outcome
+    assert "VIOLATIONS OF AN EARLIER CALL (1 for patch)" in outcome.out
+
+
 def test_a_run_folder_belongs_to_one_model_and_names_how_it_was_trained(amsdn: Shell, trained: Path, arrays: Path, tmp_path: Path) -> None:
     common = ["--data", f"arrays:{arrays}", "--out", tmp_path / "mix"]
     evaluated = amsdn("evaluate", *common, "--model", trained / "train" / "model", "--attacks", "patch-pgd-4")

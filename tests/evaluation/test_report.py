@@ -1,18 +1,21 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_toys import Detecting, FlipPixels, images
+from evaluation_toys import Detecting, FlipPixels, cert_row, eval_row, images
 from report_toys import N, add_certificates, add_crosscheck, add_evasion, add_examples, write_rows, write_run
 
 from amsdn.errors import InputError
+from amsdn.evaluation.certificate_panels import _curves
 from amsdn.evaluation.certification import certify_split
-from amsdn.evaluation.crosscheck import conclude
+from amsdn.evaluation.crosscheck import Checked, conclude
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
 from amsdn.evaluation.report import build_report, load_runs, terminal_table
 from amsdn.evaluation.smoothing import SmoothedClassifier
@@ -244,6 +247,43 @@ def test_violation_is_shown_loudly(runs: dict[str, Path], tmp_path: Path) -> Non
     assert "defended, ℓ₂: 2 violations" in text
     assert "plain: not run" in text
     assert numbers["runs"]["defended"]["crosscheck"]["violations"] == 2
+
+
+def add_defence(folder: Path, radius: float = 5.0) -> None:
+    """Ten patch certificates, six of them for ``radius``; attacks on the first four images leave three right. Another folder is stale."""
+    certificates = [cert_row(i, radius if i < 6 else 0.0, certificate="patch") for i in range(10)]
+    certificates += [
+        replace(c, config_hash="d", certificate="patch-detection", prediction=-1, radius=0.0, correct=False) for c in certificates
+    ]
+    write_rows(folder / "cert.jsonl", certificates)
+    for name, right in (("now", 3), ("before", 0)):
+        rows = [eval_row(i) for i in range(4)]
+        rows += [eval_row(i, "hit", correct=i < right, family="patch", budget=5.0, spent=5.0) for i in range(4)]
+        (folder / "patch-defence" / name).mkdir(parents=True)
+        write_rows(folder / "patch-defence" / name / "eval.jsonl", rows)
+    kinds = {"patch": Checked("patch", 0, 0, (), folder="patch-defence/now"), "patch-detection": Checked("patch-detection", 0, 0, ())}
+    conclude(folder, list(kinds.values()))
+
+
+def test_the_attacked_defence_is_compared_on_the_same_images(tmp_path: Path) -> None:
+    add_defence(write_run(tmp_path / "run"), radius=4.0)
+    text, _ = build({"toy": tmp_path / "run"}, tmp_path / "out")
+    assert "toy, patch, dashed: what hit left" in text
+    assert "on the first 4 of the certified images. On these: patch 5×5, 75.0 % right and 0.0 % certified." in text
+    assert "toy, patch: nothing to compare" in text
+    assert "100.0 % alarms without an attack" in text
+    assert "Certified patch of any size or alarm" in text  # and not 1×1, which nobody asked for
+
+
+def test_a_certified_curve_never_lies_above_what_is_proved(tmp_path: Path) -> None:
+    add_certificates(write_run(tmp_path / "run"), radius=0.32)  # between two points of the grid
+    [run] = load_runs({"toy": tmp_path / "run"})
+    [curve] = _curves(run, "l2", 0)
+    for left, right in pairwise(curve.points):
+        assert left.x == right.x or left.y == right.y, "a slope claims something between two radii"
+        assert left.x <= right.x
+        assert left.y >= right.y
+    assert max(p.x for p in curve.points if p.y > 0) == pytest.approx(0.3)
 
 
 def test_pictures_are_the_first_images_that_were_right(runs: dict[str, Path], tmp_path: Path) -> None:
