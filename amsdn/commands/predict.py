@@ -12,10 +12,13 @@ from torch import Tensor
 from amsdn.commands.common import read_about
 from amsdn.commands.options import parse
 from amsdn.errors import InputError
+from amsdn.evaluation.certifier import Sample
 from amsdn.evaluation.figures import heat_overlay
+from amsdn.evaluation.patch_certificate import PatchCertifier
 from amsdn.models.amsdn import AMSDN
 from amsdn.models.storage import load_model
 from amsdn.recipes import DEFAULT
+from amsdn.recipes.defences import PatchDefence
 from amsdn.utils.helpers import pick_device
 from amsdn.utils.images import read_image, save_image
 
@@ -27,6 +30,7 @@ class PredictOptions:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # image files
     model: Path = Path(f"checkpoints/{DEFAULT}/finetune/model")  # a folder that a training stage wrote
     out: Path = Path("predictions")  # where the heat maps go
+    patch: int | None = None  # also answer under double masking, and say whether any patch of this side could change that answer
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -40,12 +44,26 @@ def run(args: Sequence[str]) -> None:
     model = load_model(options.model, device)
     classes, image_size = read_about(options.model)
     images = torch.stack([read_image(path, image_size, rgb_only=True) for path in options.images]).to(device)
+    proved = _certified(model, images, classes, options.patch)
     with torch.no_grad():
         analysis = model.analyze(images)
     for index, path in enumerate(options.images):
         heat = _draw(model, images[index], analysis.anomaly_map[index], options.out / f"{index:03d}-{path.stem}-heat.png")
         confidence, label = analysis.logits[index].float().softmax(0).max(0)
-        print(f"{path}: {classes[int(label)]}, confidence {float(confidence):.1%}, {_verdict(model, analysis, index)}{heat}")
+        print(f"{path}: {classes[int(label)]}, confidence {float(confidence):.1%}, {_verdict(model, analysis, index)}{proved[index]}{heat}")
+
+
+def _certified(model: AMSDN, images: Tensor, classes: Sequence[str], size: int | None) -> list[str]:
+    """For each image, the certified classifier's answer and whether one patch of this side could change it; nothing without a size."""
+    if size is None:
+        return [""] * len(images)
+    certifier = PatchCertifier(PatchDefence(size).around(model))
+    said = [""] * len(images)
+    for i, claims in certifier.certify(Sample(i, image) for i, image in enumerate(images)):
+        claim = claims["patch"]
+        proof = f"no {size}x{size} patch can change that" if claim.radius else f"a {size}x{size} patch might change that"
+        said[i] = f"; under double masking {classes[claim.prediction]}, {proof}"
+    return said
 
 
 def _verdict(model: AMSDN, analysis: object, index: int) -> str:

@@ -67,6 +67,14 @@ def test_train_evaluate_certify_report_predict(amsdn: Shell, trained: Path, arra
     assert predicted.code == 0, predicted
     assert "dark" in predicted.out or "bright" in predicted.out
     assert len(list((tmp_path / "heat").iterdir())) == 1
+    assert "double masking" not in predicted.out
+    proved = amsdn("predict", tmp_path / "picture.png", "--model", model, "--out", tmp_path / "heat", "--patch", "4")
+    assert proved.code == 0, proved
+    assert "a 4x4 patch might change that" in proved.out or "no 4x4 patch can change that" in proved.out
+    refused = amsdn("predict", tmp_path / "picture.png", "--model", model, "--out", tmp_path / "none", "--patch", "999")
+    assert refused.code == 2, refused
+    assert "999x999 patch does not fit" in refused.err
+    assert not (tmp_path / "none").exists()
 
 
 def test_shards_make_the_rows_of_the_whole(amsdn: Shell, trained: Path, arrays: Path, tmp_path: Path) -> None:
