@@ -268,7 +268,11 @@ def test_means() -> None:
 def test_the_goals_say_when_they_are_missed() -> None:
     lost = {"0.25": {"points": 0.3, "n": 50, "low": 0, "high": 1}}
     l2 = [{"procedure": "sequential, r = .25", "samples": {"mean": 1600.0}, "lost": lost, "images": 60}]
-    patch = {"certificates": [{"masks": "6x6", "passes": {"mean": 60.1}, "plain": {"only_ours": 1, "images": 5}}]}
+    patch = {
+        "certificates": [
+            {"masks": "6x6", "passes": {"mean": 60.1}, "certified_right": {"value": 0.4}, "plain": {"only_ours": 1, "images": 5}}
+        ]
+    }
     verdicts = [text.split(":")[0] for text in certificate_tables.goals({"l2": l2, "patch": patch})]
     assert verdicts == ["met", "not met", "not met", "not met"]
 
