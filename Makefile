@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test check peers benchmark benchmark-certificates format clean help
 
 help:
-	@echo "make demo    train, attack, certify and report on digits (CPU, ten to twenty minutes)"
+	@echo "make demo    train, attack, certify and report on digits (CPU, fifteen to thirty minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy and the tests"
 	@echo "make peers   install the peer attack libraries and compare our attacks with theirs (about ten minutes)"

@@ -28,7 +28,7 @@ def digits_demo() -> Recipe:
     sparse: Attack = SparsePGD(k=20, num_steps=5, stop_when_fooled=False)
     return Recipe(
         name="digits-demo",
-        about="digits, compact network of width 16, two CPU cores, ten to twenty minutes for everything",
+        about="digits, compact network of width 16, two CPU cores, fifteen to thirty minutes for everything",
         data="digits",
         model=model,
         control_model=replace(model, fpn=False, attention=False, purification=False),
@@ -67,5 +67,5 @@ def digits_demo() -> Recipe:
         recheck=RecheckConfig(steps=5, draws=4, n=200),
         patch=PatchDefence(size=8, masks_per_axis=4),
         pixels=PixelDefence(rows=6, columns=6),
-        defence_attacks=DefenceAttacks(samples=20, steps=10, queries=30, pixels=(4, 12)),
+        defence_attacks=DefenceAttacks(samples=10, steps=10, queries=30, pixels=(4, 12)),
     )
