@@ -54,7 +54,10 @@ def l0_choice_table(found: dict[str, Any]) -> str:
 
 def certified_table(found: dict[str, Any]) -> str:
     """What one set of weights is certified for, one line per claim."""
-    lines = ["| against | certified classifier | right and certified, % | right, % | passes an image | images |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| against | certified classifier | right and certified, % | right, % | passes an image | images |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in found.get("l2", []):
         for radius, proved in row["certified"].items():
             if row["procedure"] in (f"sequential, r = {radius.removeprefix('0')}",):
@@ -66,7 +69,9 @@ def certified_table(found: dict[str, Any]) -> str:
             cells = f"{row['certified_right']['text']} | {row['accuracy']['text']} | {row['passes']['mean']:.0f} | {row['images']}"
             lines.append(f"| one {side}x{side} patch | double masking, {row['masks']} | {cells} |")
     detected = next(row for row in found["patch"]["certificates"] if row["masks"] == "6x6")
-    lines.append(f"| one {side}x{side} patch, or alarm | one-mask views, 6x6 | {detected['detection_right']['text']} | - | 36 | {detected['images']} |")
+    lines.append(
+        f"| one {side}x{side} patch, or alarm | one-mask views, 6x6 | {detected['detection_right']['text']} | - | 36 | {detected['images']} |"
+    )
     for row in found["l0"][:1]:
         for pixels in ("1", "4", "8"):
             cells = f"{row['certified'][pixels]['text']} | {row['accuracy']['text']} | {row['passes']['mean']:.0f} | {row['images']}"
@@ -74,7 +79,13 @@ def certified_table(found: dict[str, Any]) -> str:
     commits = sorted({session["commit"] for session in found["sessions"]})
     machine = found["sessions"][0]["hardware"]
     note = f"[`{found['settings']['model']}`]({found['settings']['model']}), first test images in official order, 95 % Wilson intervals, {machine}, "
-    return "\n".join([*lines, "", f"{note}`benchmarks/certification.py` at commit {', '.join(commits)}; commands in [cost.md](docs/certificates/cost.md)."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{note}`benchmarks/certification.py` at commit {', '.join(commits)}; commands in [cost.md](docs/certificates/cost.md).",
+        ]
+    )
 
 
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
