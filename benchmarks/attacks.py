@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outcome import run_or_draw
 from peer_attacks import MODULES, PACKAGES, installed, libraries, run_peer
 from rows import FACTOR, ROWS, SLOW, Row
 from summary import draw, summarise, table
@@ -64,15 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "attacks.json")
     parser.add_argument("--docs", type=Path, help="draw the tables of --out into this page and run nothing")
     options = parser.parse_args(arguments)
-    try:
-        if options.docs:
-            draw(json.loads(options.out.read_text()), options.docs)
-        else:
-            benchmark(options)
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+    return run_or_draw(options, benchmark, draw)
 
 
 def benchmark(options: argparse.Namespace) -> None:

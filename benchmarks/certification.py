@@ -26,6 +26,7 @@ import certificate_patch
 import torch
 from certificate_bench import Bench
 from certificate_tables import draw, tables
+from outcome import run_or_draw
 from victims import ROOT, SHARED
 
 from amsdn.commands.common import open_data, open_model, provenance
@@ -79,16 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; returns the exit code."""
-    options = parser().parse_args(arguments)
-    try:
-        if options.docs:
-            draw(json.loads(options.out.read_text()), options.docs)
-        else:
-            benchmark(options)
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+    return run_or_draw(parser().parse_args(arguments), benchmark, draw)
 
 
 def benchmark(options: argparse.Namespace) -> None:

@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amsdn.commands.common import provenance
 from amsdn.data import Augment, Dataset, Split, batches, load_dataset
 from amsdn.evaluation.statistics import clopper_pearson_lower
 from amsdn.models.amsdn import AMSDN
 from amsdn.models.backbone.compact import conv_norm
 from amsdn.models.pixel_partition import PixelPartition
 from amsdn.records import write_json
-from amsdn.utils.helpers import command_line, commit, generator, hardware, keep_freed_memory, versions
+from amsdn.utils.helpers import generator, keep_freed_memory
 from amsdn.utils.partition import Grid, random_part_views
 from amsdn.utils.voting import cast_votes, changes_survived, count_votes
 
@@ -206,8 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     rows = compare(load_dataset("cifar10", root=options.data_root), options)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    where = {"command": command_line(), "commit": commit(), "machine": hardware(torch.device("cpu")), "versions": versions()}
-    write_json(options.out, {**where, "settings": settings, "alpha": ALPHA, "rows": rows})
+    write_json(options.out, provenance(torch.device("cpu"), settings=settings, alpha=ALPHA, rows=rows))
     print(table(rows))
     return 0
 

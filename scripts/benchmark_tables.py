@@ -47,9 +47,10 @@ def l0_choice_table(found: dict[str, Any]) -> str:
         shares = " | ".join(f"{100 * row[key]:.1f}" for key in ("clean", *radii))
         median = row["median"] if row["median"] is not None and row["median"] >= 0 else "none"
         lines.append(f"| {row['method']} | {row['passes']} | {shares} | {median} |")
-    source = f"`{found['command']}` at commit {found['commit']}, {found['date']}, {found['machine']}; {found['settings']['samples']} test images."
+    source = f"`{found['command']}` at commit {found['commit']}, {found['date']}, {found['hardware']}; {found['settings']['samples']} test images."
     text = "Certified accuracy in per cent; a difference of 5 points is about what chance alone makes."
-    return "\n".join([*lines, "", f"{text} {source} Note: {found['note']}."])
+    note = f" Note: {found['note']}." if "note" in found else ""
+    return "\n".join([*lines, "", f"{text} {source}{note}"])
 
 
 def certified_table(found: dict[str, Any]) -> str:

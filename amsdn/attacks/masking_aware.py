@@ -27,7 +27,7 @@ from amsdn.attacks.losses import MARGIN, Goal
 from amsdn.attacks.patch_attacks import PatchPGD, Size, best_colour_gain, cut, paste, patch_threat, sides
 from amsdn.protocols import MaskedVoting, masked_voting_of
 from amsdn.threats import PatchRectangles, PatchRegion
-from amsdn.utils.masking import covered_places, mask_pairs, masked_views
+from amsdn.utils.masking import covered_places, mask_pairs, masked_views, pair_table
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,7 @@ class _Views:
         if self.declared_table is not None:
             victim.forwards.index_add_(0, victim.rows, torch.full_like(victim.rows, len(first)).to(victim.forwards))
             return self.declared_table(x)
-        classes = self.predictions(victim, x, first.expand(len(x), -1), second.expand(len(x), -1))
-        table = classes.new_empty(len(x), len(self.masks), len(self.masks))
-        table[:, first, second] = classes
-        table[:, second, first] = classes
-        return table
+        return pair_table(self.predictions(victim, x, first.expand(len(x), -1), second.expand(len(x), -1)), len(self.masks))
 
     def predictions(self, victim: Victim, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """The classes of the views, [B,V] int64."""

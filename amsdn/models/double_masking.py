@@ -52,7 +52,7 @@ from amsdn.errors import InputError
 from amsdn.models.mask_average import MaskAverage, mean_log_probability
 from amsdn.models.masking_rounds import majority, meetings
 from amsdn.protocols import GREY, device_of, is_stochastic
-from amsdn.utils.masking import UNUSABLE, MaskTree, confidence_of, mask_pairs, mask_tree, masked_views, view_labels
+from amsdn.utils.masking import UNUSABLE, MaskTree, confidence_of, mask_pairs, mask_tree, masked_views, pair_table, view_labels
 
 
 class Decision(NamedTuple):
@@ -233,10 +233,7 @@ class DoubleMasking(nn.Module):
         first, second = mask_pairs(count, x.device)
         rows = torch.arange(len(x), device=x.device).repeat_interleave(len(first))
         labels = view_labels(self.look(x, tree, rows, first.repeat(len(x)), second.repeat(len(x)))[0]).reshape(len(x), -1)
-        table = labels.new_empty(len(x), count, count)
-        table[:, first, second] = labels
-        table[:, second, first] = labels
-        return table
+        return pair_table(labels, count)
 
     def differentiable_surrogate(self) -> nn.Module:
         """The mean over one-mask views alone (of the finest masks), through the classifier's own surrogate where it has one."""

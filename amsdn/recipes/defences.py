@@ -5,6 +5,7 @@ Each is a plain description, so that it can be a field of a recipe, a flag of a 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -29,23 +30,10 @@ class PatchDefence:
 
     def around(self, model: nn.Module) -> ChallengerMasking:
         """The certified classifier; covered pixels take the colour that the model declares."""
+        more: dict[str, Any] = {"coarser": self.coarser, "confidence": self.confidence, "views_per_pass": self.views_per_pass}
         if isinstance(model, AMSDN):
-            return model.verified(
-                self.size,
-                self.masks_per_axis,
-                coarser=self.coarser,
-                confidence=self.confidence,
-                views_per_pass=self.views_per_pass,
-            )
-        return ChallengerMasking(
-            model,
-            self.size,
-            self.masks_per_axis,
-            mask_fill_of(model),
-            self.views_per_pass,
-            coarser=self.coarser,
-            confidence=self.confidence,
-        )
+            return model.verified(self.size, self.masks_per_axis, **more)
+        return ChallengerMasking(model, self.size, self.masks_per_axis, mask_fill_of(model), **more)
 
 
 @dataclass(frozen=True)

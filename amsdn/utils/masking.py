@@ -32,9 +32,7 @@ def covering_masks(
     ``patch`` is the side of a square or (height, width) of a rectangle, in pixels; so is ``masks_per_axis``, one number for both
     axes or (down, across). Fewer masks are larger masks: n^2 (n^2 + 1) / 2 views for n masks an axis.
     """
-    down, across = (masks_per_axis, masks_per_axis) if isinstance(masks_per_axis, int) else masks_per_axis
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    return rectangles(height, width, axis_spans(height, patch_height, down), axis_spans(width, patch_width, across), device)
+    return mask_tree(height, width, patch, masks_per_axis, device=device).finest
 
 
 def rectangles(
@@ -123,6 +121,15 @@ def mask_pairs(count: int, device: torch.device | None = None) -> tuple[Tensor, 
     own = torch.arange(count, device=device)
     upper = torch.triu_indices(count, count, offset=1, device=device)
     return torch.cat([own, upper[0]]), torch.cat([own, upper[1]])
+
+
+def pair_table(labels: Tensor, masks: int) -> Tensor:
+    """What holds of the pairs of ``mask_pairs(masks)``, [B,N], as symmetric tables [B,M,M]."""
+    first, second = mask_pairs(masks, labels.device)
+    table = labels.new_empty(len(labels), masks, masks)
+    table[:, first, second] = labels
+    table[:, second, first] = labels
+    return table
 
 
 def masked_views(x: Tensor, masks: Tensor, first: Tensor, second: Tensor, fill: Tensor) -> Tensor:
