@@ -1,7 +1,7 @@
 """The ``amsdn`` command: ``amsdn STAGE [RECIPE] --field value``.
 
 Bad input ends in one line on stderr and exit code 2, an interrupted run in 128 + signal, any other failure
-that AMSDN foresees (a loss that diverges, a certificate that an attack refutes) in 1.
+that AMSDN foresees (a loss that diverges, another process of the run that died, a certificate that an attack refutes) in 1.
 """
 
 import importlib
@@ -64,7 +64,7 @@ def _guarded(name: str, args: Sequence[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's optional TensorFlow is chatty where it is installed
     module: Any = importlib.import_module(f"amsdn.commands.{name}")
     from amsdn.evaluation.crosscheck import CertificateViolation
-    from amsdn.training.loop import Interrupted, TrainingDiverged
+    from amsdn.training.loop import Interrupted, ProcessGone, TrainingDiverged
     from amsdn.utils.helpers import keep_freed_memory
 
     keep_freed_memory()
@@ -84,7 +84,7 @@ def _guarded(name: str, args: Sequence[str]) -> int:
         return _fail(name, e, 128 + e.signal_number)
     except KeyboardInterrupt:
         return _fail(name, "interrupted; start the same command again to go on", 130)
-    except (TrainingDiverged, CertificateViolation) as e:
+    except (TrainingDiverged, ProcessGone, CertificateViolation) as e:
         return _fail(name, e, 1)
     return 0
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,7 @@ def config_hash(*values: Any) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: a temporary neighbour, synced, then renamed over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")  # containers share process numbers
     try:
         with temporary.open("wb") as f:
             f.write(data)

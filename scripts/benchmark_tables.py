@@ -15,6 +15,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "results" / "benchmarks"
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
+
+from scale_tables import scale_table  # noqa: E402
+from training_tables import training_table  # noqa: E402
 
 
 def budgets_table(found: dict[str, Any]) -> str:
@@ -93,6 +97,8 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "budgets": ("budgets.json", "docs/attacks/autoattack.md", budgets_table),
     "certified": ("certification.json", "README.md", certified_table),
     "l0-choice": ("l0_choice.json", "docs/certificates/l0.md", l0_choice_table),
+    "scale": ("scale.json", "docs/training/scale.md", scale_table),
+    "training": ("training.json", "docs/training/cost.md", training_table),
 }
 
 

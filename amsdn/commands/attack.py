@@ -14,12 +14,14 @@ from amsdn.attacks.detector_evasion import EvadeDetector
 from amsdn.attacks.registry import ATTACKS
 from amsdn.attacks.targeting import CHOICES, Choice, Targeted
 from amsdn.attacks.wrapper import Wrapper
-from amsdn.commands.common import check_classes, find_class, open_data, open_model
+from amsdn.commands.common import check_classes, default_model, find_class, open_data, open_model
 from amsdn.commands.measuring import Measured, measure
 from amsdn.commands.options import parse, positive
+from amsdn.commands.ranks import Workers
 from amsdn.errors import InputError
 from amsdn.evaluation.evaluate import EvaluateConfig
 from amsdn.evaluation.report import terminal_table
+from amsdn.evaluation.shards import WHOLE
 from amsdn.recipes import DEFAULT
 from amsdn.records import EvalRecord, config_hash
 from amsdn.utils.helpers import pick_device
@@ -32,7 +34,7 @@ class AttackOptions:
     """Options of ``amsdn attack``."""
 
     attack: tyro.conf.OmitArgPrefixes[Attack]
-    model: str = f"checkpoints/{DEFAULT}/finetune/model"  # a model folder, or module:function that returns a torch classifier
+    model: str | None = None  # a model folder, a shipped model's name, or module:function that returns a torch classifier
     data: str = "digits"  # digits, cifar10, folder:DIR or arrays:DIR
     out: Path | None = None  # the run folder is OUT/NAME; default: a folder of its own for every combination of settings
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
@@ -61,14 +63,28 @@ def run(args: Sequence[str]) -> None:
     budget = float(options.attack.threat.budget)
     if not math.isfinite(budget):
         raise InputError("an unlimited budget cannot be put into a report; give a finite one, or call the attack from Python")
+    workers = Workers.of_environment()
+    shards = workers.shards(WHOLE)
     device = pick_device(options.device)
-    model = open_model(options.model, device)
+    model_name = options.model or default_model(DEFAULT)
+    model = open_model(model_name, device)
     dataset = open_data(options.data, options.data_root, options.limit, device, options.image_size)
-    check_classes(model, dataset, options.model)
+    check_classes(model, dataset, model_name)
     attack = _with_goal(options, dataset.classes)
     attack.threat.sample(dataset.test.fetch(torch.tensor([0]))[0])  # raises where the threat does not fit the images
-    measured = Measured(model, options.model, dataset, _folder(options, name), device)
-    rows = measure(measured, {name: attack}, options.evaluate, options.samples, {attack.threat.family: budget})
+    measured = Measured(model, model_name, dataset, _folder(replace(options, model=model_name), name), device)
+    for shard in shards:
+        rows = measure(
+            measured,
+            {name: attack},
+            options.evaluate,
+            options.samples,
+            {attack.threat.family: budget},
+            shard=shard,
+            progress=workers.first,
+        )
+    if not workers.first:
+        return
     print(terminal_table({"this model": measured.out}))
     print(_effort([r for r in rows if r.attack == name], {r.sample_id for r in rows if r.family == "clean" and r.correct}, attack))
     print(f"attacked images: {measured.out / 'examples' / f'{name}.npz'} (clean, adversarial: float32 [N,3,H,W])")

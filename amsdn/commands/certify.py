@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amsdn.commands.certifying import KINDS, Certifying, Kind, certify
-from amsdn.commands.common import check_classes, open_data, open_model, read_json
+from amsdn.commands.common import check_classes, default_model, open_data, open_model, read_json
 from amsdn.commands.measuring import Measured
 from amsdn.commands.options import parse, positive, recipe_help, split_recipe
+from amsdn.commands.ranks import Workers
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import RECORDS, WHOLE, Shard
+from amsdn.evaluation.certification import RECORDS
 from amsdn.evaluation.crosscheck import RESULT
 from amsdn.evaluation.headline import describe_certified
+from amsdn.evaluation.shards import Shard
 from amsdn.evaluation.smoothing_attack import RecheckConfig
 from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.evaluation.statistics import share
@@ -26,9 +28,9 @@ from amsdn.utils.helpers import pick_device
 class CertifyOptions:
     """Options of ``amsdn certify``."""
 
-    model: str  # a model folder, or module:function that returns a torch classifier
     data: str  # digits, cifar10, folder:DIR or arrays:DIR
     out: Path  # the run folder; that of amsdn evaluate, if one report is to show both
+    model: str | None = None  # a model folder, a shipped model's name, or module:function that returns a torch classifier
     certificates: tuple[Kind, ...] = KINDS  # any of l2, patch, l0
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
     limit: int | None = None  # use at most this many images of every split
@@ -53,27 +55,31 @@ def run(args: Sequence[str]) -> None:
     )
     options = parse(_defaults(recipe), rest, f"certify {recipe.name}", description)
     positive(options.samples, "--samples")
-    shard = _shard(options.shard)
+    workers = Workers.of_environment()
+    shards = workers.shards(Shard.parse(options.shard))
     if not options.certificates:
         raise InputError(f"--certificates: name at least one of {', '.join(KINDS)}")
     device = pick_device(options.device)
-    model = open_model(options.model, device)
+    name = options.model or default_model(recipe.name)
+    model = open_model(name, device)
     dataset = open_data(options.data, options.data_root, options.limit, device, options.image_size)
-    check_classes(model, dataset, options.model)
-    measured = Measured(model, options.model, dataset, options.out, device)
+    check_classes(model, dataset, name)
+    measured = Measured(model, name, dataset, options.out, device)
     how = Certifying(options.smoothing, options.recheck, options.patch, options.pixels, options.attacks)
-    certificates = certify(measured, options.certificates, how, options.samples, shard)
-    print(_table(certificates))
-    if shard == WHOLE:
-        print(f"rows: {options.out / RECORDS}; cross-check: {options.out / RESULT}, {_checked(options.out / RESULT)}")
-    else:
-        print(f"shard {options.shard} is done; when all are, the same command without --shard attacks what was certified")
+    for shard in shards:
+        certificates = certify(measured, options.certificates, how, options.samples, shard, progress=workers.first)
+        if shard.whole:
+            print(f"{_table(certificates)}\nmodel: {name}")
+            print(f"rows: {options.out / RECORDS}; cross-check: {options.out / RESULT}, {_checked(options.out / RESULT)}")
+        elif workers.count == 1:
+            print(
+                f"{_table(certificates)}\nshard {shard} is done; when all are, the same command without --shard attacks what was certified"
+            )
 
 
 def _defaults(recipe: Recipe) -> CertifyOptions:
     root = Path("checkpoints") / recipe.name
     return CertifyOptions(
-        model=str(root / "finetune" / "model"),
         data=recipe.data,
         out=root / "evaluation",
         samples=recipe.certified_samples,
@@ -83,14 +89,6 @@ def _defaults(recipe: Recipe) -> CertifyOptions:
         recheck=recipe.recheck,
         attacks=recipe.defence_attacks,
     )
-
-
-def _shard(text: str) -> Shard:
-    """``i/n`` as numbers; raises InputError for anything else."""
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise InputError(f"--shard {text}: must be i/n with i from 1 to n, for instance 1/4")
-    return int(part), int(parts)
 
 
 def _table(certificates: Sequence[CertRecord]) -> str:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from amsdn.attacks import Attack, PGDL2Attack
 from amsdn.commands.measuring import Measured, check_same_model, update_run_json
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import WHOLE, Shard, certify_split
+from amsdn.evaluation.certification import certify_split
 from amsdn.evaluation.certifier import Certifier
 from amsdn.evaluation.crosscheck import DEFENCE_RUNS, Checked, conclude, cross_check
 from amsdn.evaluation.evaluate import EvaluateConfig, clean_outcome, evaluate
 from amsdn.evaluation.l0_certificate import L0Certifier
 from amsdn.evaluation.patch_certificate import PatchCertifier
+from amsdn.evaluation.shards import WHOLE, Shard
 from amsdn.evaluation.smoothing import SmoothedClassifier
 from amsdn.evaluation.smoothing_attack import RecheckConfig, checked, recheck_smoothed
 from amsdn.evaluation.smoothing_certifier import SmoothingCertifier
@@ -47,7 +48,9 @@ class Certifying:
     attacks: DefenceAttacks = DefenceAttacks()  # on the other two certified classifiers
 
 
-def certify(run: Measured, kinds: Sequence[Kind], how: Certifying, samples: int | None, shard: Shard = WHOLE) -> list[CertRecord]:
+def certify(
+    run: Measured, kinds: Sequence[Kind], how: Certifying, samples: int | None, shard: Shard = WHOLE, *, progress: bool = True
+) -> list[CertRecord]:
     """Certify the first ``samples`` test images (None: all), attack what was certified, and write both.
 
     One shard of several only certifies; the call without a shard, once all are done, attacks. Raises CertificateViolation,
@@ -63,13 +66,17 @@ def certify(run: Measured, kinds: Sequence[Kind], how: Certifying, samples: int 
     _check(run, jobs.values())
     for kind, job in jobs.items():
         started = time.monotonic()
-        rows = certify_split(job.certifier, run.dataset.test, run.out, model=run.model, sample_ids=range(count), shard=shard)
+        rows = certify_split(
+            job.certifier, run.dataset.test, run.out, model=run.model, sample_ids=range(count), shard=shard, progress=progress
+        )
         certificates += rows
-        if shard != WHOLE:
-            continue
-        results += _attack_smoothed(run, rows, how) if job.defence is None else _attack_defence(run, kind, job, rows, how.attacks.samples)
+        if shard.whole:
+            results += (
+                _attack_smoothed(run, rows, how) if job.defence is None else _attack_defence(run, kind, job, rows, how.attacks.samples)
+            )
         about = {"settings": canonical(job.settings), "attacks": canonical(job.attacks or how.recheck)}
-        update_run_json(run, f"certify {kind}", seed=job.certifier.seed, samples=count, seconds=time.monotonic() - started, **about)
+        seconds = time.monotonic() - started
+        update_run_json(run, f"certify {kind}", shard, seed=job.certifier.seed, samples=count, seconds=seconds, **about)
     if results:
         conclude(run.out, results)
     return certificates

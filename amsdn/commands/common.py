@@ -14,7 +14,8 @@ from torch import nn
 from amsdn.data import Dataset, load_dataset
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
-from amsdn.models.storage import load_model
+from amsdn.models.shipped import locate, shipped_models
+from amsdn.models.storage import CONFIG, load_model
 from amsdn.records import canonical, write_json
 from amsdn.utils.helpers import command_line, commit, hardware, versions
 
@@ -29,9 +30,24 @@ def open_data(name: str, root: Path | None, limit: int | None, device: torch.dev
 
 
 def open_model(model: str, device: torch.device) -> nn.Module:
-    """``--model``: a folder written by AMSDN, or ``module:function`` whose call returns a torch classifier; in eval mode."""
+    """``--model``: a folder written by AMSDN, a shipped model's name, or ``module:function`` whose call returns a torch classifier; in eval mode."""
     opened = _call_factory(model).eval() if ":" in model and not Path(model).exists() else load_model(model, device)
     return opened.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def default_model(recipe: str, instead: str | None = None) -> str:
+    """The model that a command uses where none is named: the recipe's last trained stage, else the shipped model of its name or ``instead``.
+
+    Pretraining alone is not enough: it sees no labels. Raises InputError where there is neither.
+    """
+    shipped = recipe if instead is None else instead
+    found = [folder for stage in ("finetune", "train") if ((folder := Path("checkpoints") / recipe / stage / "model") / CONFIG).exists()]
+    if not found and shipped not in shipped_models():
+        raise InputError(
+            f"checkpoints/{recipe}: no trained model; run amsdn train {recipe}, or name one with --model: "
+            f"a folder or {', '.join(['module:function', *shipped_models()])}"
+        )
+    return str(found[0]) if found else shipped
 
 
 def _call_factory(spec: str) -> nn.Module:
@@ -83,8 +99,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_about(folder: Path) -> tuple[list[str], int]:
+def read_about(folder: Path | str) -> tuple[list[str], int]:
     """The class names and the image size that ``write_about`` kept; raises InputError where they are missing or broken."""
+    folder = locate(folder)
     about = read_json(folder / ABOUT_FILE)
     try:
         return [str(c) for c in about["classes"]], int(about["image_size"])

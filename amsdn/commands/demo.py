@@ -20,6 +20,8 @@ from amsdn.data import Dataset
 from amsdn.evaluation.report import build_report, terminal_table
 from amsdn.models.storage import load_model
 from amsdn.recipes import Recipe, get_recipe
+from amsdn.training.budget import parse_budget
+from amsdn.training.ranks import Ranks, joined
 from amsdn.utils.helpers import pick_device
 
 CONTROL, DEFENDED = "control", "AMSDN"
@@ -35,15 +37,24 @@ class DemoOptions:
     limit: int | None = None  # use at most this many images of every split
     out: Path = Path("runs/demo")
     device: str = "auto"  # auto, cpu or cuda
+    budget: str | None = (
+        None  # time for training the defended model, such as 10min, which the recipe divides among its stages; none: no limit. Default: the recipe's
+    )
 
 
 def run(args: Sequence[str]) -> None:
     """Train, attack, certify, report."""
     options = parse(DemoOptions(), args, "demo", "Everything once.\n\nExample: amsdn demo --out runs/demo")
     started = time.monotonic()
-    recipe, device = get_recipe(options.recipe), pick_device(options.device)
+    recipe = get_recipe(options.recipe)
+    budget = recipe.budget if options.budget is None else options.budget
+    budget_s = None if budget in (None, "none") else parse_budget(budget)
+    device = pick_device(options.device)
     dataset = open_data(options.data or recipe.data, options.data_root, options.limit, device)
-    models = _train(recipe, dataset, options.out, device)
+    with joined(device) as ranks:
+        models = _train(recipe, dataset, options.out, device, budget_s, ranks)
+    if not ranks.first:
+        return  # several processes train together; one evaluates
     how = Certifying(recipe.smoothing, recipe.recheck, recipe.patch, recipe.pixels, recipe.defence_attacks)
     for name, folder in models.items():
         _step(f"attack {name}")
@@ -58,14 +69,15 @@ def run(args: Sequence[str]) -> None:
     print(f"report: {page}")
 
 
-def _train(recipe: Recipe, dataset: Dataset, out: Path, device: torch.device) -> dict[str, Path]:
+def _train(recipe: Recipe, dataset: Dataset, out: Path, device: torch.device, budget_s: float | None, ranks: Ranks) -> dict[str, Path]:
     """Both models, by name: the folders of their weights."""
     _step("train the control: the same backbone, no defence, clean images")
-    control = run_stage(StageRun(recipe.control, recipe.control_model, out / CONTROL / "train", None), dataset, device)
+    control = run_stage(StageRun(recipe.control, recipe.control_model, out / CONTROL / "train", None), dataset, device, ranks)
     start: Path | None = None
     for stage in ("pretrain", "train", "finetune"):
         _step(f"{stage} {DEFENDED}")
-        start = run_stage(StageRun(getattr(recipe, stage), recipe.model, out / DEFENDED / stage, start), dataset, device)
+        part_s = None if budget_s is None else recipe.shares().seconds(budget_s)[stage]
+        start = run_stage(StageRun(getattr(recipe, stage), recipe.model, out / DEFENDED / stage, start, part_s), dataset, device, ranks)
     assert start is not None
     return {CONTROL: control, DEFENDED: start}
 

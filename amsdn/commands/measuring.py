@@ -16,8 +16,12 @@ from amsdn.errors import InputError
 from amsdn.evaluation.certification import ALL_SETTINGS
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
 from amsdn.evaluation.run_folder import model_fingerprint
+from amsdn.evaluation.shards import WHOLE, Shard
+from amsdn.models.shipped import locate
 from amsdn.protocols import detector_of
 from amsdn.records import EvalRecord, canonical, write_json
+
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,24 @@ class Measured:
 
 
 def measure(
-    run: Measured, attacks: Mapping[str, Attack], config: EvaluateConfig, samples: int | None, headline: Mapping[str, float] | None = None
+    run: Measured,
+    attacks: Mapping[str, Attack],
+    config: EvaluateConfig,
+    samples: int | None,
+    headline: Mapping[str, float] | None = None,
+    *,
+    shard: Shard = WHOLE,
+    progress: bool = True,
 ) -> list[EvalRecord]:
-    """Attack the first ``samples`` test images (None: all) and write the run folder with its provenance."""
+    """Attack the first ``samples`` test images (None: all), or one shard of them, and write the run folder with its provenance."""
     check_same_model(run)
     count = min(samples or len(run.dataset.test), len(run.dataset.test))
     started = time.monotonic()
-    records = evaluate(run.model, run.dataset.test, attacks, run.out, config, sample_ids=range(count))
+    records = evaluate(run.model, run.dataset.test, attacks, run.out, config, sample_ids=range(count), shard=shard, progress=progress)
     update_run_json(
         run,
         "evaluate",
+        shard,
         headline=headline,
         seed=config.seed,
         samples=count,
@@ -62,7 +74,7 @@ def check_same_model(run: Measured) -> None:
 def training_history(model: Path) -> list[str]:
     """The commands that made a model folder, first stage first, as far as the run.json files beside the weights tell."""
     commands: list[str] = []
-    folder: Path | None = model
+    folder: Path | None = locate(model)
     while folder is not None and (folder.parent / "run.json").exists():
         info = read_json(folder.parent / "run.json")
         if "stage" not in info:  # not a training stage's folder
@@ -73,24 +85,45 @@ def training_history(model: Path) -> list[str]:
 
 
 def update_run_json(
-    run: Measured, stage: str, *, seconds: float, seed: int, samples: int, headline: Mapping[str, float] | None = None, **more: Any
+    run: Measured,
+    stage: str,
+    shard: Shard = WHOLE,
+    *,
+    seconds: float,
+    seed: int,
+    samples: int,
+    headline: Mapping[str, float] | None = None,
+    **more: Any,
 ) -> None:
-    """Add what this stage did to OUT/run.json. The seconds of calls that ran to their end add up."""
-    path = run.out / "run.json"
+    """Add what this stage did to OUT/run.json, or to a file of the shard's own.
+
+    The seconds of calls that ran to their end add up, those of all shards included: what the work cost, not how long one had to wait.
+    """
+    path = run.out / shard.file(RUN_FILE)
     info = read_json(path) if path.exists() else {}
-    origin = provenance(run.device, seed=seed, samples=samples, **more)
-    stages = {**info.get("stages", {}), stage: origin}
+    shards = _shard_runs(run.out) if shard.whole else {}
     times = info.get("seconds", {})
+    own = info.get("stages", {}).get(stage, {}).get("seconds", times.get(stage, 0.0)) + seconds
+    origin = provenance(run.device, seed=seed, samples=samples, **more, seconds=round(own, 1))
+    stages = {**info.get("stages", {}), stage: origin}
     info = {
         **{key: origin[key] for key in ("commit", "date", "versions", "hardware", "seed")},
         "command": [*training_history(Path(run.name)), *dict.fromkeys(s["command"] for s in stages.values())],
         "model": {"name": run.name, **describe_model(run.model, model_fingerprint(run.model))},
         "data": describe_data(run.dataset, max(s["samples"] for s in stages.values())),
-        "seconds": {**times, stage: round(times.get(stage, 0.0) + seconds, 1)},
+        "seconds": {**times, stage: round(own + sum(part["seconds"].get(stage, 0.0) for part in shards.values()), 1)},
         "headline": info.get("headline") if headline is None else dict(headline),
         "stages": stages,
+        "shards": shards,
     }
     write_json(path, info)
+
+
+def _shard_runs(out: Path) -> dict[str, dict[str, Any]]:
+    """Who did each shard, when, and in how many seconds a stage, by shard; nothing where there are none."""
+    told = {path.name.split(".")[1].replace("-of-", "/"): read_json(path) for path in sorted(out.glob("run.*-of-*.json"))}
+    kept = ("command", "commit", "date", "versions", "hardware", "seconds")
+    return {shard: {key: info.get(key, {}) for key in kept} for shard, info in told.items()}
 
 
 def fitting(attacks: Mapping[str, Attack], model: nn.Module) -> dict[str, Attack]:

@@ -52,7 +52,7 @@ def parse(default: T, args: Sequence[str], command: str, description: str) -> T:
                 args=list(args),
                 prog=f"amsdn {command}",
                 description=description,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),  # what a recipe chose among kinds stays chosen
             )
     except SystemExit as e:
         if e.code:
@@ -85,4 +85,5 @@ def positive(value: int | None, flag: str) -> None:
 
 def recipe_help() -> str:
     """The recipes, a line each, for help texts."""
-    return "Recipes:\n" + "\n".join(f"  {name}: {make().about}" for name, make in RECIPES.items())
+    recipes = {name: make() for name, make in RECIPES.items()}
+    return "Recipes:\n" + "\n".join(f"  {name}: {r.about}; {r.cost}" for name, r in recipes.items())

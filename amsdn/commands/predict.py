@@ -9,13 +9,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from amsdn.commands.common import read_about
+from amsdn.commands.common import default_model, read_about
 from amsdn.commands.options import parse
 from amsdn.errors import InputError
 from amsdn.evaluation.certifier import Sample
 from amsdn.evaluation.figures import heat_overlay
 from amsdn.evaluation.patch_certificate import PatchCertifier
 from amsdn.models.amsdn import AMSDN
+from amsdn.models.shipped import PREFERRED, shipped_models
 from amsdn.models.storage import load_model
 from amsdn.recipes import DEFAULT
 from amsdn.recipes.defences import PatchDefence
@@ -28,7 +29,7 @@ class PredictOptions:
     """Options of ``amsdn predict``."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # image files
-    model: Path = Path(f"checkpoints/{DEFAULT}/finetune/model")  # a folder that a training stage wrote
+    model: str | None = None  # a folder that a training stage wrote, or a shipped model's name; default: see above
     out: Path = Path("predictions")  # where the heat maps go
     patch: int | None = None  # also answer under double masking, and say whether any patch of this side could change that answer
     device: str = "auto"  # auto, cpu or cuda
@@ -36,14 +37,21 @@ class PredictOptions:
 
 def run(args: Sequence[str]) -> None:
     """Predict every image; nothing is written before all of them have been read."""
-    description = "Classify image files and draw where they look attacked.\n\nExample: amsdn predict photo.png --model checkpoints/digits-demo/finetune/model"
+    description = (
+        "Classify image files and draw where they look attacked.\n\nExample: amsdn predict photo.png --model checkpoints/digits-demo/finetune/model\n\n"
+        f"Shipped models: {', '.join(shipped_models()) or 'none in this installation'}. Without --model: what {DEFAULT} trained last under "
+        f"checkpoints/, else {PREFERRED}."
+    )
     options = parse(PredictOptions(), args, "predict", description)
     if not options.images:
         raise InputError("no image given; name at least one file, for instance amsdn predict photo.png --model DIR")
     device = pick_device(options.device)
-    model = load_model(options.model, device)
-    classes, image_size = read_about(options.model)
+    name = options.model or default_model(DEFAULT, instead=PREFERRED)
+    model = load_model(name, device)
+    classes, image_size = read_about(name)
     images = torch.stack([read_image(path, image_size, rgb_only=True) for path in options.images]).to(device)
+    if options.model is None:
+        print(f"model: {name}")
     proved = _certified(model, images, classes, options.patch)
     with torch.no_grad():
         analysis = model.analyze(images)

@@ -64,7 +64,7 @@ class ArraySplit(Split):
         self.images, self.labels = images, labels
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        rows = indices.to(self.device)
+        rows = _moved(indices, self.device)
         images = self.images[rows].to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(255), self.labels[rows]
 
@@ -85,7 +85,7 @@ class SubsetSplit(Split):
         self.labels = base.labels[self.indices]
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.fetch(self.indices[indices.to(self.device)])
+        return self.base.fetch(self.indices[_moved(indices, self.device)])
 
     def to(self, device: torch.device | str) -> Split:
         return self if torch.device(device) == self.device else self.base.gather(self.indices, device)
@@ -95,6 +95,11 @@ class SubsetSplit(Split):
 
     def gather(self, indices: Tensor, device: torch.device | str) -> Split:
         return self.base.gather(self.indices[indices.to(self.device)], device)
+
+
+def _moved(indices: Tensor, device: torch.device) -> Tensor:
+    """The indices on ``device``; on the way from the CPU to a GPU nobody waits until the GPU has done its earlier work."""
+    return indices.to(device, non_blocking=indices.device.type == "cpu")
 
 
 def resized(split: Split, size: int) -> ArraySplit:

@@ -9,25 +9,20 @@ samples, writes each row as it is known, skips what is there already, and splits
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from amsdn.errors import InputError
 from amsdn.evaluation.certifier import ABSTAIN, KINDS, Certifier, Claim, Sample
 from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, model_fingerprint, writing_to
+from amsdn.evaluation.shards import WHOLE, Shard, read_shards
 from amsdn.protocols import check_eval_mode, check_images, device_of
-from amsdn.records import CertRecord, Key, RecordLog, canonical, config_hash, read_records
+from amsdn.records import CertRecord, RecordLog, canonical, config_hash
 
 RECORDS = "cert.jsonl"
-ALL_RECORDS = "cert*.jsonl"
 ALL_SETTINGS = "cert_config*.json"
-
-Shard = tuple[int, int]
-WHOLE: Shard = (1, 1)
 
 
 def certify_split(
@@ -43,16 +38,15 @@ def certify_split(
     """Certify the samples into ``out`` and return their rows, by sample and then by certificate.
 
     A run that was killed and is started again with the same arguments ends with the same rows (but for ``seconds``), and a
-    later run may add samples. With ``shard = (i, n)`` only every n-th sample, from the i-th, is certified and returned, into a
+    later run may add samples. With ``shard = Shard(i, n)`` only every n-th sample, from the i-th, is certified and returned, into a
     file of its own; n processes that share ``out`` do the whole, and a call without a shard then finds nothing left to do.
 
     ``model`` is what ``out`` belongs to, where the certifier works on a variant of it (an AMSDN without its light consistency).
 
-    Raises InputError where ``out`` holds certificates of another model, data set or configuration, the model is in train
-    mode, or the shard does not exist.
+    Raises InputError where ``out`` holds certificates of another model, data set or configuration, or the model is in train mode.
     """
     check_eval_mode(certifier.model, "certify")
-    ids = choose_ids(split, sample_ids)[_check_shard(shard)[0] - 1 :: shard[1]]
+    ids = shard.of(choose_ids(split, sample_ids))
     keys = {kind: config_hash(kind, certifier.config) for kind in certifier.kinds}
     settings = {
         "model": model_fingerprint(model or certifier.model),
@@ -61,8 +55,8 @@ def certify_split(
     }
     with writing_to(out):
         claim(out, f"cert_config.{certifier.kinds[0]}.json", settings)
-        log = RecordLog(out / _records_of(shard), CertRecord)
-    known = {row.key: row for row in read_certificates(out)}
+        log = RecordLog(out / shard.file(RECORDS), CertRecord)
+    known = read_shards(out, RECORDS, CertRecord)
     missing = [i for i in ids if any((i, key, certifier.seed) not in known for key in keys.values())]
     labels: dict[int, int] = {}
     headline = keys[certifier.kinds[0]]
@@ -93,16 +87,9 @@ def read_certificates(out: Path) -> list[CertRecord]:
 
     Raises InputError where a file is broken or two rows of one key claim different things.
     """
-    rows: dict[Key, CertRecord] = {}
-    for path in sorted(out.glob(ALL_RECORDS)):
-        for row in read_records(path, CertRecord):
-            first = rows.setdefault(row.key, row)
-            if replace(row, seconds=first.seconds) != first:
-                raise InputError(
-                    f"{path}: contradicts another file of the folder on sample {row.sample_id}; delete {path.name} and run it again"
-                )
     place = {kind: i for i, kind in enumerate(KINDS)}
-    return sorted(rows.values(), key=lambda row: (place.get(row.certificate, len(KINDS)), row.sample_id))
+    rows = read_shards(out, RECORDS, CertRecord).values()
+    return sorted(rows, key=lambda row: (place.get(row.certificate, len(KINDS)), row.sample_id))
 
 
 def _samples(certifier: Certifier, split: Samples, ids: Sequence[int], labels: dict[int, int]) -> Iterator[Sample]:
@@ -134,16 +121,6 @@ def _row(sample_id: int, kind: str, key: str, seed: int, label: int, claimed: Cl
 
 def _name(certifier: Certifier) -> str:
     return type(certifier).__name__
-
-
-def _records_of(shard: Shard) -> str:
-    return RECORDS if shard == WHOLE else f"cert.{shard[0]}-of-{shard[1]}.jsonl"
-
-
-def _check_shard(shard: Shard) -> Shard:
-    if not 1 <= shard[0] <= shard[1]:
-        raise InputError(f"shard {shard[0]}/{shard[1]}: shards are counted from 1/n to n/n; give one of them")
-    return shard
 
 
 if __name__ == "__main__":

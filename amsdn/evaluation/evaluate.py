@@ -4,10 +4,10 @@ The run folder after ``evaluate``:
 
 - ``eval_config.json``: what must be the same for a killed run to be resumed,
 - ``eval.jsonl``: the rows; tables are derived from them by ``amsdn.evaluation.summary``,
-- ``examples/<attack>.npz``: the first few samples as pictures (see ``Example``).
+- ``eval.<i>-of-<n>.jsonl``: the rows of one shard of n; they go to ``eval.jsonl`` when the whole is evaluated,
+- ``examples/<attack>.npz``: the first few samples as pictures (see ``example_arrays``).
 """
 
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,9 +24,11 @@ from amsdn.attacks.base import RESCORE_DRAWS, Attack
 from amsdn.attacks.losses import margin
 from amsdn.errors import InputError
 from amsdn.evaluation.detection import map_auroc
+from amsdn.evaluation.examples import Arrays, Examples, example_arrays
 from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, id_range, model_fingerprint, writing_to
+from amsdn.evaluation.shards import WHOLE, Shard, every_shard, read_shards
 from amsdn.protocols import check_eval_mode, check_images, detector_of, device_of, is_stochastic
-from amsdn.records import EvalRecord, RecordLog, config_hash, write_atomic
+from amsdn.records import EvalRecord, Key, RecordLog, config_hash
 from amsdn.threats import changed_pixels
 from amsdn.utils.helpers import derive_seed, generator
 
@@ -57,6 +58,7 @@ def evaluate(
     config: EvaluateConfig | None = None,
     *,
     sample_ids: Sequence[int] | None = None,
+    shard: Shard = WHOLE,
     progress: bool = True,
 ) -> list[EvalRecord]:
     """Evaluate ``model`` on clean images and under each of ``attacks``, and return all rows in order.
@@ -65,6 +67,10 @@ def evaluate(
     gets anomaly scores, decisions and localisation. The row named ``clean`` comes first; then the attacks in order.
     Each attack runs on fixed chunks of samples with its own seed per chunk, so a run that was killed and is started
     again with the same arguments ends with the rows of an undisturbed one. Attacks may be added to a finished run.
+
+    With ``shard = Shard(i, n)`` only every n-th chunk, from the i-th, is attacked and returned, into a file of its own; n processes
+    that share ``out`` do the whole, and a call without a shard then gathers their rows and pictures and attacks what is missing:
+    its files are those of an undivided run, byte for byte.
 
     Raises InputError where ``out`` holds another run, an attack's name cannot be a file name, or the model or data
     cannot be used. Errors of an attack pass through.
@@ -81,16 +87,16 @@ def evaluate(
         "seed": config.seed,
     }
     with writing_to(out):
-        claim(out, SETTINGS, settings, RECORDS)
-        log = RecordLog(out / RECORDS, EvalRecord)
-    run = _Run(model, split, out, config, ids, log, progress)
-    check_same_attacks(log, attacks)
+        claim(out, SETTINGS, settings, every_shard(RECORDS))
+        log = RecordLog(out / shard.file(RECORDS), EvalRecord)
+    known = read_shards(out, RECORDS, EvalRecord)
+    check_same_attacks(known.values(), attacks)
+    chunks = shard.of(_chunks(ids, config.batch_size))
+    run = _Run(model, split, out, config, chunks, frozenset(ids[: config.keep_examples]), log, known, shard, progress)
     for name, attack in {CLEAN: None, **attacks}.items():
         run.rows_for(name, attack)
-    order = {hash_of(attack): place for place, attack in enumerate([None, *attacks.values()])}
-    place_of = {sample: place for place, sample in enumerate(ids)}
-    wanted = [row for row in log if row.config_hash in order]
-    return sorted(wanted, key=lambda row: (order[row.config_hash], place_of[row.sample_id]))
+    wanted = [(i, hash_of(attack), config.seed) for attack in [None, *attacks.values()] for chunk in chunks for i in chunk]
+    return [known[key] for key in wanted]
 
 
 @dataclass(frozen=True)
@@ -121,35 +127,46 @@ class _Run:
     split: Samples
     out: Path
     config: EvaluateConfig
-    ids: list[int]
-    log: RecordLog[EvalRecord]
+    chunks: Sequence[list[int]]  # those of this shard
+    keep: frozenset[int]  # the samples to keep as pictures, those of other shards among them
+    log: RecordLog[EvalRecord]  # the file that this shard writes
+    known: dict[Key, EvalRecord]  # the rows of all files
+    shard: Shard
     progress: bool
 
     def rows_for(self, name: str, attack: Attack | None) -> None:
-        """Make every row of one attack (None: of the clean images) that is not there yet."""
+        """Make every row of one attack (None: of the clean images) that is not there yet; the whole takes in those of the shards."""
         key = hash_of(attack)
-        kept = self.ids[: self.config.keep_examples]
-        picture = self.out / "examples" / f"{name}.npz"
-        draw = attack is not None and bool(kept) and not picture.exists()
-        examples: list[dict[str, np.ndarray]] = []
-        bar = tqdm(total=len(self.ids), desc=name, unit="image", disable=not self.progress)
-        with bar:
-            for chunk in _chunks(self.ids, self.config.batch_size):
-                missing = set(self.log.missing(chunk, key, self.config.seed))
-                illustrated = [i for i in chunk if i in kept] if draw else []
+        examples = Examples(self.out, name, key, () if attack is None else self.keep)
+        with tqdm(total=sum(map(len, self.chunks)), desc=name, unit="image", disable=not self.progress) as bar:
+            for chunk in self.chunks:
+                rows = {i: row for i in chunk if (row := self.known.get((i, key, self.config.seed)))}
+                missing, illustrated = [i for i in chunk if i not in rows], examples.missing(chunk)
                 if missing or illustrated:
                     with self._model_noise(key, chunk):
                         outcome = self._attack(attack, key, chunk)
-                        rows = self._rows(name, attack, key, chunk, outcome)
-                        if illustrated:
-                            examples.append(example_arrays(self.model, outcome, chunk, illustrated))
-                    with writing_to(self.out):
-                        self.log.append(row for row in rows if row.sample_id in missing)
+                        rows = {row.sample_id: row for row in self._rows(name, attack, key, chunk, outcome)} | rows
+                        pictures = self._pictures(outcome, chunk, illustrated) if illustrated else None
+                    if pictures is not None:  # before the rows, which say that the chunk is done
+                        with writing_to(self.out):
+                            examples.add(chunk, pictures)
+                self._keep_rows(rows[i] for i in (chunk if self.shard.whole else missing))
                 bar.update(len(chunk))
                 bar.set_postfix_str(f"{'accuracy' if attack is None else 'robust'} {self._accuracy(key):.1%}", refresh=False)
-        if examples:
+        if self.shard.whole:
             with writing_to(self.out):
-                write_atomic(picture, pack(examples))
+                examples.finish(self.chunks)
+
+    def _keep_rows(self, rows: Iterable[EvalRecord]) -> None:
+        """Write the rows that this file does not hold."""
+        fresh = [row for row in rows if row.key not in self.log.rows]
+        with writing_to(self.out):
+            self.log.append(fresh)
+        self.known.update((row.key, row) for row in fresh)
+
+    def _pictures(self, outcome: Outcome, chunk: list[int], keep: list[int]) -> Arrays:
+        at = torch.tensor([chunk.index(i) for i in keep], device=outcome.x.device)
+        return example_arrays(self.model, outcome.x[at], outcome.x_adv[at], outcome.label[at], outcome.prediction[at], keep)
 
     def _attack(self, attack: Attack | None, key: str, chunk: list[int]) -> Outcome:
         device = device_of(self.model)
@@ -204,7 +221,7 @@ class _Run:
         ]
 
     def _accuracy(self, key: str) -> float:
-        rows = [self.log.rows[k] for i in self.ids if (k := (i, key, self.config.seed)) in self.log.rows]
+        rows = [self.known[k] for chunk in self.chunks for i in chunk if (k := (i, key, self.config.seed)) in self.known]
         return sum(row.correct for row in rows) / max(len(rows), 1)
 
 
@@ -256,40 +273,6 @@ def _detection(model: nn.Module, outcome: Outcome, local: bool) -> tuple[list[An
     )
     localisation = map_auroc(maps, changed_pixels(outcome.x_adv, outcome.x)) if local else nothing
     return scores.tolist(), (alarms > 0.5).tolist(), localisation
-
-
-@torch.no_grad()
-def example_arrays(model: nn.Module, outcome: Outcome, chunk: Sequence[int], keep: Sequence[int]) -> dict[str, np.ndarray]:
-    """The kept samples of a chunk as arrays, one row each.
-
-    ids, clean and adversarial [N,3,H,W], label, clean_prediction, prediction, clean_confidence and adv_confidence (softmax of
-    the predicted class), and for a detecting model anomaly_map_clean and anomaly_map_adv [N,1,H,W].
-    """
-    at = torch.tensor([chunk.index(i) for i in keep], device=outcome.x.device)
-    x, x_adv, prediction = outcome.x[at], outcome.x_adv[at], outcome.prediction[at]
-    before, after = model(x).float().softmax(1), model(x_adv).float().softmax(1)
-    arrays = {
-        "ids": torch.tensor(list(keep)),
-        "clean": x.float(),
-        "adversarial": x_adv.float(),
-        "label": outcome.label[at],
-        "clean_prediction": before.argmax(1),
-        "prediction": prediction,
-        "clean_confidence": before.amax(1),
-        "adv_confidence": after.gather(1, prediction[:, None]).squeeze(1),
-    }
-    if detector := detector_of(model):
-        arrays["anomaly_map_clean"] = detector.analyze(x).anomaly_map.float()
-        arrays["anomaly_map_adv"] = detector.analyze(x_adv).anomaly_map.float()
-    return {name: value.cpu().numpy() for name, value in arrays.items()}
-
-
-def pack(parts: Sequence[Mapping[str, np.ndarray]]) -> bytes:
-    """Several sets of example arrays, stacked, as the bytes of one npz file."""
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
 
 
 def hash_of(attack: Attack | None) -> str:

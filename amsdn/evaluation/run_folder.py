@@ -70,13 +70,15 @@ def id_range(ids: Sequence[int]) -> str:
 def claim(out: Path, name: str, settings: dict[str, Any], records: str | None = None) -> None:
     """Write the settings of a run to ``out/name``, or check that the run already there had the same ones.
 
-    Raises InputError where they differ, naming the first setting that does, and where ``records`` lie there without settings.
+    Raises InputError where they differ, naming the first setting that does, and where files of the pattern ``records`` lie there
+    without settings.
     """
     path = out / name
     wanted = json.loads(json.dumps(settings))
     if not path.exists():
-        if records is not None and (out / records).exists():
-            raise InputError(f"{out}: has {records} but no {name}, so it cannot be resumed; delete {records} or choose another folder")
+        orphan = min((path.name for path in out.glob(records)), default=None) if records is not None else None
+        if orphan is not None:
+            raise InputError(f"{out}: has {orphan} but no {name}, so it cannot be resumed; delete {orphan} or choose another folder")
         write_json(path, wanted)
         return
     try:

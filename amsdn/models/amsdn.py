@@ -23,6 +23,7 @@ from amsdn.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from amsdn.models.purification.selective_purifier import SelectivePurifier
 
 LEVELS = 4
+EVIDENCE_EPS = 1e-4  # a location of smaller mean square is not raised to unit length
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class AMSDNConfig:
     attention: bool = True
     purification: bool = True
     purification_threshold: float = 0.5
-    consistency_samples: int = 0  # occluded views per prediction; 0 switches the stage off
+    consistency_samples: int = 0  # at least so many occluded views per prediction; 0 switches the stage off
+    bounded_evidence: bool = False  # every location speaks with the same strength, so that a patch cannot shout the others down
     drop_path: float = 0.0
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -115,6 +117,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         purification: bool = True,
         purification_threshold: float = 0.5,
         consistency_samples: int = 0,
+        bounded_evidence: bool = False,
         drop_path: float = 0.0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -141,7 +144,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
 
         self.config = AMSDNConfig(
             num_classes, variant, pretrained, stem_stride, width, channels, fpn, attention, purification,
-            purification_threshold, consistency_samples, drop_path, _triple(mean), _triple(std),
+            purification_threshold, consistency_samples, bounded_evidence, drop_path, _triple(mean), _triple(std),
         )  # fmt: skip
         self._hub_mixin_config = self.saved_config()
 
@@ -184,7 +187,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         """Logits as ``forward`` gives them, with the detector's view of images [B,3,H,W].
 
         anomaly_score = 1 - (1 - a) * agreement, where a is the detection head's probability (0 without purification)
-        and agreement that of the occluded views (1 without consistency). Without either there is no detector: the score
+        and agreement that of the least convinced occluded view (1 without consistency). Without either there is no detector: the score
         is 0 and nothing is detected.
         """
         s = self._stages(x, straight_through)
@@ -245,9 +248,23 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         features = raw
         if self.purifier is not None:
             features, anomaly_logits, gates = self.purifier(raw, straight_through=straight_through)
-        embedding = self.norm(torch.cat([space_mean(f) for f in features], dim=1))
+        embedding = self.norm(torch.cat(self._pooled(features, spatial), dim=1))
         logits = self.classifier(embedding).float()
         return Stages(raw, features, embedding, logits, spatial, scales, anomaly_logits, gates)
+
+    def _pooled(self, features: list[Tensor], spatial: list[Tensor]) -> list[Tensor]:
+        """What each level says on average over locations, [B,C] a level.
+
+        With ``bounded_evidence`` every location's features are brought to unit RMS first, and count as much as spatial attention,
+        in (0,2), says. Plain means let a few locations of great length outvote all others, and a patch makes such locations;
+        clipping their norms was proposed against universal patches (Yu et al., ICCV 2021). Here no location is louder.
+        """
+        if not self.config.bounded_evidence:
+            return [space_mean(f) for f in features]
+        heard = [f * f.float().square().mean(1, keepdim=True).add(EVIDENCE_EPS).rsqrt().to(f.dtype) for f in features]
+        if spatial:
+            heard = [f * gate.to(f.dtype) for f, gate in zip(heard, spatial, strict=True)]
+        return [space_mean(f) for f in heard]
 
     def _detect(self, stages: Stages, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The anomaly logit [B] and the map's logits [B,1,H,W] of images x."""

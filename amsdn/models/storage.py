@@ -16,6 +16,7 @@ from torch import Tensor
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
 from amsdn.models.hub import HubError, fetch
+from amsdn.models.shipped import locate, shipped_models
 from amsdn.records import write_atomic, write_json
 
 CONFIG = "config.json"
@@ -43,11 +44,11 @@ def save_model(model: AMSDN, folder: Path | str, *, dtype: torch.dtype | None = 
 
 
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> AMSDN:
-    """The model in ``folder``, or in the hub's repository of that name, on ``device`` in eval mode and float32.
+    """The model in ``folder``, or the shipped one of that name, or that of the hub's repository, on ``device`` in eval mode and float32.
 
     Raises InputError, in one line, for a folder or repository that is missing, incomplete, damaged, or of another model.
     """
-    path = Path(folder)
+    path = locate(folder)
     if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
         path = _from_hub(str(folder))
     config = _read_config(path)
@@ -65,7 +66,8 @@ def _from_hub(repo: str) -> Path:
 
 def _read_config(folder: Path) -> AMSDNConfig:
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folder that holds {CONFIG} and {WEIGHTS}")
+        known = ", ".join(shipped_models()) or "there are none in this installation"
+        raise InputError(f"{folder}: no such folder; give one that holds {CONFIG} and {WEIGHTS}, or the name of a shipped model: {known}")
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)

@@ -27,7 +27,9 @@ def cifar10_cpu() -> Recipe:
     sparse: Attack = SparsePGD(k=30, num_steps=3, stop_when_fooled=False)
     return Recipe(
         name="cifar10-cpu",
-        about="CIFAR-10, compact network, two CPU cores, about an hour of training",
+        about="CIFAR-10, compact network, two CPU cores",
+        cost="about an hour of training, stopped and resumed often, so not measured",
+        expected="clean 80, patch 5x5 29 under attack, 10 pixels 32 (results/cifar10-cpu.json, by the attacks of an earlier suite)",
         data="cifar10",
         model=model,
         control_model=replace(model, fpn=False, attention=False, purification=False),
@@ -52,6 +54,7 @@ def cifar10_cpu() -> Recipe:
         certified_samples=50,
         smoothing=SmoothingConfig(sigma=0.25, n=10_000),
         recheck=RecheckConfig(steps=10, draws=8, n=500),
+        certificates=("l2", "patch"),
     )
 
 
@@ -77,9 +80,12 @@ def cifar10_certified() -> Recipe:
     return replace(
         base,
         name="cifar10-certified",
-        about="CIFAR-10, compact network trained for the three certificates, one CPU core, about an hour of training",
+        about="CIFAR-10, compact network trained for the three certificates",
+        cost="74 minutes of training on one CPU core (measured)",
+        expected="clean 89.2, certified l2 .25 63, 5x5 patch 46, 8 pixels 52 (results/benchmarks/certification.json)",
         model=model,
         control_model=model,
+        certificates=("l2", "patch", "l0"),
         train=replace(base.control, loop=loop, views=views),
         finetune=replace(base.finetune, loop=LoopConfig(epochs=0.5, batch_size=256, learning_rate=2e-4)),
     )

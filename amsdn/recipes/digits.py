@@ -28,7 +28,9 @@ def digits_demo() -> Recipe:
     sparse: Attack = SparsePGD(k=20, num_steps=5, stop_when_fooled=False)
     return Recipe(
         name="digits-demo",
-        about="digits, compact network of width 16, two CPU cores, fifteen to thirty minutes for everything",
+        about="digits, compact network of width 16, a CPU",
+        cost="5 minutes of training, fifteen to thirty for everything, two CPU cores (measured)",
+        expected="clean 99, patch 8x8 43 under attack, 20 pixels 81, certified 8x8 57, certified l2 .25 95 (results/digits-demo.json)",
         data="digits",
         model=model,
         control_model=replace(model, fpn=False, attention=False, purification=False),

@@ -4,18 +4,20 @@ The state is one file, replaced atomically and read with ``weights_only=True``, 
 code. Randomness is not stored: every step derives its own from (seed, stage, step).
 """
 
+import hashlib
 import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from amsdn.errors import InputError
 from amsdn.records import write_atomic
 
 STATE_FILE = "training_state.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -47,3 +49,13 @@ def load_state(folder: Path, settings_hash: str) -> dict[str, Any] | None:
             f"{path}: made under other settings ({found_hash}, now {settings_hash}); use another --out, or delete it to start afresh"
         )
     return dict(state)
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """Sixteen hex digits of all weights and buffers, by name; equal where these are, bit for bit."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

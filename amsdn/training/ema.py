@@ -11,7 +11,8 @@ class EMA:
 
     The warm-up keeps the first averages from being dominated by the random initial weights. Floating
     buffers (batch-norm statistics) are averaged like weights; whole-number buffers are copied.
-    The shadow is in eval mode and takes no gradients, so that it can serve as a teacher.
+    The shadow is in eval mode and takes no gradients, so that it can serve as a teacher. Processes that train together
+    hold the same weights, so each keeps the average by itself.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -23,10 +24,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        decay = self.decay_now()
-        for mine, theirs in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, 1 - decay)
-            else:
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        # One call for all: on a GPU a few kernels instead of one for each tensor (torch.optim.swa_utils does the same).
+        torch._foreach_lerp_([mine for mine, _ in floating], [theirs for _, theirs in floating], 1 - self.decay_now())
+        for mine, theirs in pairs:
+            if not mine.is_floating_point():
                 mine.copy_(theirs)
         self.updates += 1

@@ -8,21 +8,20 @@ threats, a few epochs suffice). Another part of the batch is given to the views 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import nn
 
-from amsdn.attacks import Attack, PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
-from amsdn.data.augment import Augment
+from amsdn.attacks import PatchPGD, PGDAttack, PGDL2Attack, SparsePGD
 from amsdn.errors import InputError
-from amsdn.models.amsdn import AMSDN
-from amsdn.training.adversarial_train import DefenceLoss, defence_step, draw
-from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
+from amsdn.training.attack_mix import ErrorProportional, UniformMix
+from amsdn.training.attack_ranges import TrainingAttack
+from amsdn.training.defence import DefenceConfig, DefenceStage, check_shares
+from amsdn.training.settings import LoopConfig
+from amsdn.training.stage import Batch, StepOutput
 from amsdn.training.views import CertifiableViews
 
 
-def default_attacks() -> tuple[Attack, ...]:
+def default_attacks() -> tuple[TrainingAttack, ...]:
     """Linf, L2, patch and sparse, with the few steps that training can afford."""
     return (
         PGDAttack(epsilon=4 / 255, alpha=2 / 255, num_steps=4, stop_when_fooled=False),
@@ -33,16 +32,14 @@ def default_attacks() -> tuple[Attack, ...]:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Stage three. Shares are of every batch; what they leave over is clean. Raises InputError where they leave nothing."""
+class FinetuneConfig(DefenceConfig):
+    """Stage three. Raises InputError where attacks and views leave no clean images."""
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=3, learning_rate=5e-4))
-    loss: DefenceLoss = field(default_factory=DefenceLoss)
-    augment: Augment = field(default_factory=Augment)
-    attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
+    attacks: tuple[TrainingAttack, ...] = field(default_factory=default_attacks)
     attacked_share: float = 0.4
+    mix: UniformMix = ErrorProportional()
     views: CertifiableViews = field(default_factory=lambda: CertifiableViews(noised=0.2, masked=0.2, consistency=2.0))
-    error_momentum: float = 0.95
 
     def __post_init__(self) -> None:
         if self.attacked_share < 0 or self.attacked_share + self.views.share >= 1:
@@ -52,41 +49,24 @@ class FinetuneConfig:
             )
         if not self.attacks:
             raise InputError("finetune: needs at least one attack; leave this stage out for none")
+        check_shares(self, "finetune")
+        super().__post_init__()
 
 
-class Finetuning(Stage):
-    """Remembers the running error under each attack."""
+class Finetuning(DefenceStage):
+    """Every batch is attacked, on the batch statistics that adversarial training left."""
 
     name = "finetune"
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.config = config
-        self.running_error = torch.full((len(config.attacks),), 0.5, dtype=torch.float64)
+    def __init__(self, config: FinetuneConfig, images: int | None = None) -> None:
+        super().__init__(config, images)
 
-    def state(self) -> dict[str, Any]:
-        return {"running_error": self.running_error}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.running_error = state["running_error"]
+    def attacks_at(self, progress: float) -> bool:
+        return True
 
     def step(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> StepOutput:
-        assert isinstance(model, AMSDN)
-        assert isinstance(teacher, AMSDN)
         freeze_statistics(model)
-        config, generator = self.config, batch.generator
-        x, y = config.augment(batch.x, generator), batch.y
-        drawn = config.views.draw(model, x, y, generator)
-        chosen = draw(self.running_error, generator)
-        attacked = max(1, round(config.attacked_share * len(x)))
-        output = defence_step(model, teacher, config.attacks[chosen], x, y, attacked, config.loss, generator, config.views, drawn)
-        self._remember(chosen, output)
-        return output
-
-    def _remember(self, chosen: int, output: StepOutput) -> None:
-        """No attack's weight in the draw falls below 0.05, so that none is forgotten."""
-        error = 1 - float(output.metrics["accuracy_attacked"])
-        m = self.config.error_momentum
-        self.running_error[chosen] = max(0.05, m * float(self.running_error[chosen]) + (1 - m) * error)
+        return super().step(model, teacher, batch)
 
 
 def freeze_statistics(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ Maps are supervised by where the image truly changed, purified features are pull
 averaged teacher sees on the clean image, and noisy copies are made to agree.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ def anomaly_map_loss(level_logits: Sequence[Tensor], changed: Tensor, positive_w
     Attacked cells are few, so they weigh ``positive_weight`` times as much as clean ones.
     """
     targets = level_targets(changed, [(m.shape[2], m.shape[3]) for m in level_logits])
-    weight = torch.tensor(positive_weight, device=changed.device)
+    weight = targets[0].new_full((), positive_weight)
     terms = [F.binary_cross_entropy_with_logits(m.float(), t, pos_weight=weight) for m, t in zip(level_logits, targets, strict=True)]
     return torch.stack(terms).mean()
 
@@ -51,15 +52,34 @@ def feature_pull(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     return torch.stack(terms).mean()
 
 
-def noise_consistency(logits_a: Tensor, logits_b: Tensor) -> Tensor:
-    """How far two noisy copies' predictions lie from their mean: KL(mean || each), averaged; scalar.
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || answer) of each row of logits [B,K] and [B,K], in nats, [B]; gradients flow into both."""
+    log_p, log_q = reference.float().log_softmax(1), logits.float().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
 
-    The regulariser of Jeong and Shin 2020 (Consistency Regularization for Certified Robustness, eq. 4), m = 2.
+
+def noise_consistency(*copies: Tensor) -> Tensor:
+    """How far m noisy copies' predictions, logits [B,K] each, lie from their mean: KL(mean || each), averaged; scalar.
+
+    The regulariser of Jeong and Shin 2020 (Consistency Regularization for Certified Robustness, eq. 4). Their loss is lambda
+    times this plus eta times ``mean_answer_entropy``, with lambda 10 (5 to 20) and eta .5 as their code's defaults.
     """
-    log_a, log_b = logits_a.float().log_softmax(1), logits_b.float().log_softmax(1)
-    mean = (log_a.exp() + log_b.exp()) / 2
-    log_mean = mean.clamp_min(1e-12).log()
-    return ((mean * (log_mean - log_a)).sum(1) + (mean * (log_mean - log_b)).sum(1)).mean() / 2
+    log_mean = _log_mean(copies)
+    return torch.stack([(log_mean.exp() * (log_mean - c.float().log_softmax(1))).sum(1) for c in copies]).mean()
+
+
+def mean_answer_entropy(*copies: Tensor) -> Tensor:
+    """Entropy of the mean prediction over m noisy copies, logits [B,K] each, averaged over images; scalar, in nats.
+
+    The second term of Jeong and Shin 2020: it keeps agreement from being reached by answers that say nothing.
+    """
+    log_mean = _log_mean(copies)
+    return -(log_mean.exp() * log_mean).sum(1).mean()
+
+
+def _log_mean(copies: Sequence[Tensor]) -> Tensor:
+    """Log of the mean probabilities, [B,K]."""
+    return torch.stack([c.float().log_softmax(1) for c in copies]).logsumexp(0) - math.log(len(copies))
 
 
 def instance_logits(embedding: Tensor, bank: Tensor, temperature: float) -> Tensor:

@@ -15,16 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amsdn.attacks import Attack, PatchPGD, SparsePGD
+from amsdn.attacks import PatchPGD, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.models.amsdn import AMSDN
 from amsdn.threats import changed_pixels
-from amsdn.training.adversarial_train import craft, detector_terms, draw
-from amsdn.training.loop import Batch, LoopConfig, Stage, StepOutput
+from amsdn.training.attack_mix import attack_of, draw
+from amsdn.training.attack_ranges import TrainingAttack
+from amsdn.training.defence import craft, detector_terms
 from amsdn.training.objectives import accuracy, instance_logits
+from amsdn.training.settings import LoopConfig
+from amsdn.training.stage import Batch, Stage, StepOutput
 
 
-def default_attacks() -> tuple[Attack, ...]:
+def default_attacks() -> tuple[TrainingAttack, ...]:
     """One cheap patch and one cheap sparse attack."""
     return (
         PatchPGD(size=8, num_steps=2, alpha=0.5, stop_when_fooled=False),
@@ -38,7 +41,7 @@ class PretrainConfig:
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=2))
     augment: Augment = field(default_factory=Augment)
-    attacks: tuple[Attack, ...] = field(default_factory=default_attacks)
+    attacks: tuple[TrainingAttack, ...] = field(default_factory=default_attacks)
     temperature: float = 0.2
     projection: int = 64  # dimensions in which images are compared
     anomaly_map: float = 0.5
@@ -80,7 +83,7 @@ class SSRT(Stage):
             bank = self.projector(teacher.trace(config.augment(batch.x, generator)).embedding)
         recognition = InstanceClassifier(model, self.projector, bank, config.temperature)
         x, instance = config.augment(batch.x, generator), torch.arange(len(batch.x), device=batch.x.device)
-        attack = config.attacks[draw(torch.ones(len(config.attacks)), generator)]
+        attack = attack_of(config.attacks[draw([1.0] * len(config.attacks), batch.host)], batch.host)
         half = len(x) // 2
         x_adv = craft(recognition, attack, x[:half], instance[:half], generator)
         trace = model.trace(torch.cat([x_adv, x[half:]]))

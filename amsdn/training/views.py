@@ -1,135 +1,24 @@
-"""Views of training images under which the label must stand, because the certificates ask the same.
+"""How much of every batch is seen as what a certificate will ask, and what the model's answers to these views cost.
 
-Randomized smoothing asks the model about noisy copies, double masking about images under two masks, pixel partitions about
-images of which few pixels are left. A model that has never met them certifies nothing. Each kind of view is a small value,
-called on a batch; ``CertifiableViews`` says how much of every batch is given to which, in any stage that learns from labels.
+The single kinds of views are in ``amsdn.training.view_kinds``; ``CertifiableViews`` divides a batch among them, in any stage that
+learns from labels.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amsdn.errors import InputError
-from amsdn.protocols import mask_fill_of
-from amsdn.training.loop import StepOutput
-from amsdn.training.objectives import accuracy, noise_consistency
-from amsdn.utils.masking import covering_masks, masked_views
-from amsdn.utils.partition import random_part_views
+from amsdn.training.objectives import accuracy, divergence, mean_answer_entropy, noise_consistency
+from amsdn.training.smooth_adversary import SmoothAdversary
+from amsdn.training.stage import StepOutput
+from amsdn.training.view_kinds import GaussianViews, GreedyCutout, PixelParts, View, deployed
 
-VIEWS_PER_PASS = 512  # masked candidates judged at once; bounds memory, changes nothing else
-
-
-class View(Protocol):
-    """images [B,3,H,W] in [0,1] with labels y [B] -> views of them; draws come from ``generator`` alone."""
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator, /) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class GaussianViews:
-    """Every image with Gaussian noise, ``copies`` times, for randomized smoothing: [copies * B,3,H,W], all images, then all again.
-
-    Copies of an image share its standard deviation, drawn from ``sigmas``. They are not clipped to [0,1]: the smoothed
-    classifier does not clip either (Cohen et al. 2019, section 3.3, train on the very noise that certification adds).
-    """
-
-    sigmas: tuple[float, ...] = (0.12, 0.25)  # standard deviations, in [0,1] pixel units
-    copies: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.sigmas or min(self.sigmas) <= 0 or self.copies < 1:
-            raise InputError(f"views: noise needs positive sigmas and at least one copy, got {self.sigmas} and {self.copies}")
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        device = generator.device
-        sigmas = torch.tensor(self.sigmas, device=device)
-        chosen = sigmas[torch.randint(len(sigmas), (len(x),), generator=generator, device=device)]
-        noise = torch.randn((self.copies * len(x), *x.shape[1:]), generator=generator, device=device)
-        return x.repeat(self.copies, 1, 1, 1) + (chosen.repeat(self.copies).reshape(-1, 1, 1, 1) * noise).to(x.device)
-
-
-@dataclass(frozen=True)
-class GreedyCutout:
-    """Two of the certificate's own masks on every image, the worst that a greedy search finds, in the model's ``mask_fill``.
-
-    Round one keeps the mask under which the loss is greatest, round two the one that is worst together with it; both may be
-    the same mask, as in a certificate's pairs (Saha et al., "Revisiting Image Classifier Training for Improved Certified
-    Robust Defense against Adversarial Patches", TMLR 2023, Greedy Cutout). No gradients; the model judges as it is deployed,
-    in eval mode, so nothing that training remembers moves.
-
-    ``candidates`` is how many masks a round tries, drawn afresh for each image and round; None tries all, which is the
-    paper's search over this mask set (there a coarser one than the certificate's was used to save time). 1 means two random
-    masks and costs no pass of the model.
-    """
-
-    patch: int | tuple[int, int] = 5  # side of the square, or height and width, that one mask must be able to cover
-    masks_per_axis: int = 6
-    candidates: int | None = None
-
-    def __post_init__(self) -> None:
-        side = self.patch if isinstance(self.patch, int) else min(self.patch)
-        if side < 1 or self.masks_per_axis < 1 or (self.candidates is not None and self.candidates < 1):
-            raise InputError(
-                f"views: patch, masks_per_axis and candidates must be at least 1, got {self.patch}, {self.masks_per_axis} and {self.candidates}"
-            )
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        masks, fill = self.masks(x.shape[2], x.shape[3], x.device), mask_fill_of(model).to(x)
-        first = self._worst(model, x, y, masks, fill, self._drawn(len(x), len(masks), generator).to(x.device), None)
-        second = self._worst(model, x, y, masks, fill, self._drawn(len(x), len(masks), generator).to(x.device), first)
-        return masked_views(x, masks, first, second, fill)
-
-    def masks(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """The masks [M,1,H,W] bool that a certificate of the same patch and count uses. InputError where the patch does not fit."""
-        sides = (self.patch, self.patch) if isinstance(self.patch, int) else self.patch
-        if sides[0] > height or sides[1] > width:
-            raise InputError(
-                f"views: masks for a {sides[0]}x{sides[1]} patch do not fit images of {height}x{width}; make the patch smaller"
-            )
-        return covering_masks(height, width, self.patch, self.masks_per_axis, device)
-
-    def _drawn(self, images: int, count: int, generator: torch.Generator) -> Tensor:
-        """Which of ``count`` masks each image tries, [images, candidates], all different."""
-        if self.candidates is None or self.candidates >= count:
-            return torch.arange(count, device=generator.device).expand(images, -1)
-        return torch.rand(images, count, generator=generator, device=generator.device).topk(self.candidates).indices
-
-    @torch.no_grad()
-    def _worst(self, model: nn.Module, x: Tensor, y: Tensor, masks: Tensor, fill: Tensor, tried: Tensor, beside: Tensor | None) -> Tensor:
-        """Of the masks ``tried`` [B,C] the one [B] under which, with mask ``beside`` [B] too, the loss is greatest."""
-        if tried.shape[1] == 1:
-            return tried.squeeze(1)
-        rows = torch.arange(len(x), device=x.device).repeat_interleave(tried.shape[1])
-        mask = tried.flatten()
-        other = mask if beside is None else beside[rows]
-        with deployed(model):
-            losses = [
-                F.cross_entropy(model(masked_views(x[r], masks, i, j, fill)).float(), y[r], reduction="none")
-                for r, i, j in zip(*(t.split(VIEWS_PER_PASS) for t in (rows, mask, other)), strict=True)
-            ]
-        return tried.gather(1, torch.cat(losses).reshape(tried.shape).argmax(1, keepdim=True)).squeeze(1)
-
-
-@dataclass(frozen=True)
-class PixelParts:
-    """One random part of a pixel partition of every image, what is missing interpolated, for certificates in pixels.
-
-    The partition (rows, columns) is drawn from ``grids``. See ``amsdn.utils.partition``.
-    """
-
-    grids: tuple[tuple[int, int], ...] = ((4, 4),)
-
-    def __post_init__(self) -> None:
-        if not self.grids or min(min(grid) for grid in self.grids) < 1:
-            raise InputError(f"views: pixel parts need at least one grid of at least 1x1, got {self.grids}")
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        return random_part_views(x, self.grids, generator)
+__all__ = ["CertifiableViews", "Drawn", "GaussianViews", "GreedyCutout", "PixelParts", "SmoothAdversary", "View", "deployed"]
 
 
 @dataclass(frozen=True)
@@ -137,43 +26,58 @@ class CertifiableViews:
     """How much of every batch is seen as what. Shares are of all images; the rest of the batch is the stage's own business.
 
     Masked images are divided evenly among ``cutouts``, one for each mask set a certificate will be asked of. With
-    ``consistency`` above 0 a noisy image is seen twice, and the two answers are made to agree (Jeong and Shin 2020).
+    ``consistency`` above 0 a noisy image is seen twice (or ``copies`` times), and the answers are made to agree (Jeong and Shin,
+    NeurIPS 2020, who take consistency 10 and entropy .5). With ``unmasked_pull`` the answer under masks is pulled to the deployed
+    model's answer to the whole image, KL(whole || masked), which costs one forward pass of those images; no gradient flows
+    into the whole image's answer.
     """
 
     noised: float = 0.0
     masked: float = 0.0
     ablated: float = 0.0
     sigmas: tuple[float, ...] = (0.12, 0.25)  # standard deviations of the noise, in [0,1] pixel units
-    consistency: float = 0.0  # weight of the agreement of two noisy copies
+    copies: int | None = None  # noisy copies of an image; None: two where they are to agree, else one
+    consistency: float = 0.0  # weight of the copies' agreement
+    entropy: float = 0.0  # weight of the entropy of the copies' mean answer, beside their agreement
+    smooth_adversary: SmoothAdversary = SmoothAdversary()  # against the noisy copies; none by default
     cutouts: tuple[GreedyCutout, ...] = (GreedyCutout(candidates=1),)
+    unmasked_pull: float = 0.0  # weight of the agreement of masked and whole images
     parts: PixelParts = PixelParts()
 
     def __post_init__(self) -> None:
         shares = (self.noised, self.masked, self.ablated)
         if not min(shares) >= 0 or not self.share < 1:
             raise InputError(f"views: noised, masked and ablated must be at least 0 and leave some images, got {shares}; make them smaller")
-        if not self.consistency >= 0 or not self.cutouts:
+        weights = (self.consistency, self.entropy, self.unmasked_pull)
+        if not min(weights) >= 0 or not self.cutouts:
             raise InputError(
-                f"views: consistency must be at least 0 and cutouts must not be empty, got {self.consistency} and {self.cutouts}"
+                "views: consistency, entropy and unmasked_pull must be at least 0 and cutouts must not be empty, "
+                f"got {weights} and {self.cutouts}"
             )
-        self.noise()
+        if self.noise().copies < 2 and (self.consistency or self.entropy):
+            raise InputError(f"views: a single noisy copy has nothing to agree with; use copies of 2 or more, got {self.copies}")
 
     @property
     def share(self) -> float:
         """Of all images, how many are seen as a view."""
         return self.noised + self.masked + self.ablated
 
+    def at(self, progress: float) -> Self:
+        """The views of that share of the run: what has a warm-up is as strong as it is then."""
+        return replace(self, smooth_adversary=self.smooth_adversary.at(progress))
+
     def noise(self) -> GaussianViews:
-        """The noisy views: two copies where they are to agree, else one."""
-        return GaussianViews(self.sigmas, copies=2 if self.consistency else 1)
+        """The noisy views."""
+        copies = (2 if self.consistency or self.entropy else 1) if self.copies is None else self.copies
+        return GaussianViews(self.sigmas, copies, self.smooth_adversary)
 
     def kinds(self) -> tuple["Kind", ...]:
         """The kinds of views there are, in the order in which they take images."""
         # The smoothed classifier votes by hard labels and Cohen et al. train on plain cross-entropy: noise takes no label smoothing.
         return (
-            Kind("noised", self.noised, (self.noise(),), smooth=False),
-            Kind("masked", self.masked, self.cutouts, smooth=True),
-            Kind("ablated", self.ablated, (self.parts,), smooth=True),
+            Kind("noised", self.noised, (self.noise(),), smooth=False, consistency=self.consistency, entropy=self.entropy),
+            Kind("masked", self.masked, self.cutouts, pull=self.unmasked_pull),
+            Kind("ablated", self.ablated, (self.parts,)),
         )
 
     def draw(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> "Drawn":
@@ -182,8 +86,9 @@ class CertifiableViews:
         for kind in self.kinds():
             count = min(round(kind.share * len(x)), len(x) - 1 - taken)
             if count:
-                images.append(kind(model, x[taken : taken + count], y[taken : taken + count], generator))
-                portions.append(Portion(kind, count, len(images[-1]) // count))
+                mine = slice(taken, taken + count)
+                images.append(kind(model, x[mine], y[mine], generator))
+                portions.append(Portion(kind, count, len(images[-1]) // count, answer(model, x[mine]) if kind.pull else None))
                 taken += count
         return Drawn(torch.cat(images), y[:taken], tuple(portions))
 
@@ -191,28 +96,26 @@ class CertifiableViews:
         """What the model's ``logits`` [N,K] on the drawn views cost, averaged over their images, with metrics of each kind."""
         metrics: dict[str, Tensor] = {}
         loss, start, taken = logits.new_zeros(()), 0, 0
-        for kind, images, copies in drawn.portions:
-            y = drawn.labels[taken : taken + images].repeat(copies)
-            mine = logits[start : start + len(y)].float()
-            entropy = F.cross_entropy(mine, y, label_smoothing=label_smoothing if kind.smooth else 0.0)
-            metrics |= {f"cross_entropy_{kind.name}": entropy.detach(), f"accuracy_{kind.name}": accuracy(mine, y)}
-            term = entropy
-            if copies == 2:
-                agreement = noise_consistency(*mine.chunk(2))
-                term = term + self.consistency * agreement
-                metrics["noise_consistency"] = agreement.detach()
+        for portion in drawn.portions:
+            images = portion.images
+            y = drawn.labels[taken : taken + images].repeat(portion.copies)
+            term, found = portion.loss(logits[start : start + len(y)].float(), y, label_smoothing)
+            metrics |= found
             loss = loss + images / len(drawn.labels) * term
             start, taken = start + len(y), taken + images
         return StepOutput(loss, metrics)
 
 
 class Kind(NamedTuple):
-    """One kind of views: its name in the metrics, its share of a batch, and the views that divide its images evenly."""
+    """One kind of views: its name in the metrics, its share of a batch, the views that divide its images evenly, and its weights."""
 
     name: str
     share: float
     views: Sequence[View]
-    smooth: bool  # whether its labels are smoothed
+    smooth: bool = True  # whether its labels are smoothed
+    consistency: float = 0.0  # of an image's copies
+    entropy: float = 0.0  # of the copies' mean answer
+    pull: float = 0.0  # towards the answer to the image itself
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         portions = zip(self.views, x.tensor_split(len(self.views)), y.tensor_split(len(self.views)), strict=True)
@@ -225,6 +128,23 @@ class Portion(NamedTuple):
     kind: Kind
     images: int
     copies: int
+    whole: Tensor | None = None  # the model's logits [images,K] on the images themselves, where views are pulled to them
+
+    def loss(self, logits: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the logits [copies * images,K] cost with labels y of the same length, a mean, and metrics."""
+        kind = self.kind
+        entropy = F.cross_entropy(logits, y, label_smoothing=label_smoothing if kind.smooth else 0.0)
+        metrics = {f"cross_entropy_{kind.name}": entropy.detach(), f"accuracy_{kind.name}": accuracy(logits, y)}
+        term = entropy
+        if kind.consistency or kind.entropy:
+            agreement, spread = noise_consistency(*logits.chunk(self.copies)), mean_answer_entropy(*logits.chunk(self.copies))
+            term = term + kind.consistency * agreement + kind.entropy * spread
+            metrics |= {"noise_consistency": agreement.detach(), "noise_entropy": spread.detach()}
+        if self.whole is not None:
+            distance = divergence(self.whole.repeat(self.copies, 1), logits).mean()
+            term = term + kind.pull * distance
+            metrics[f"divergence_{kind.name}"] = distance.detach()
+        return term, metrics
 
 
 class Drawn(NamedTuple):
@@ -235,13 +155,9 @@ class Drawn(NamedTuple):
     portions: tuple[Portion, ...]
 
 
-@contextmanager
-def deployed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, so that no batch statistics leak into what is crafted with it; then every part as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+@torch.no_grad()
+def answer(model: nn.Module, x: Tensor) -> Tensor:
+    """What the model as it is deployed says of x [B,3,H,W]: logits [B,K] float32, without gradients."""
+    with deployed(model):
+        logits: Tensor = model(x)
+    return logits.float()

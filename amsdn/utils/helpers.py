@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import os
 import platform
 import shlex
 import subprocess
@@ -27,9 +28,14 @@ def generator(device: torch.device | str, *parts: object) -> torch.Generator:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the first CUDA device if there is one, else the CPU. Raises InputError for an unusable name."""
+    """``auto`` is the first CUDA device if there is one, else the CPU. Raises InputError for an unusable name.
+
+    Under ``torchrun`` each process of a machine has a CUDA device of its own: ``auto`` and ``cuda`` mean the one numbered LOCAL_RANK.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (local := os.environ.get("LOCAL_RANK", "")).isdecimal():
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -1,51 +1,82 @@
-"""A training run killed by SIGKILL at random moments ends with the weights of an undisturbed one."""
+"""A three-stage run killed by SIGKILL ends with the weights, curves and records of an undisturbed one: scripts/chaos.py, small."""
 
-import os
+import importlib.util
+import json
 import random
-import signal
-import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
-from safetensors.torch import load_file
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(stage: str, arrays: Path, out: Path) -> list[str]:
-    fields = ["--loop.epochs", "4", "--loop.batch-size", "8", "--loop.checkpoint-every-s", "0.05", "--model.width", "4"]
-    return [sys.executable, "-m", "amsdn", stage, "--data", f"arrays:{arrays}", "--out", str(out), *fields]
-
-
-def run_to_the_end(words: list[str]) -> None:
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def kill_at_a_random_moment(words: list[str], folder: Path, rng: random.Random) -> bool:
-    """Start the command, wait until it has begun to train, kill it a little later; whether it was still running."""
-    state = folder / "training_state.pt"
-    before = state.stat().st_mtime_ns if state.exists() else 0
-    with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and (state.stat().st_mtime_ns if state.exists() else 0) == before:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.6))
-        running = process.poll() is None
-        process.send_signal(signal.SIGKILL)
-    return running
+@pytest.fixture(scope="module")
+def chaos() -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / "chaos.py"
+    spec = importlib.util.spec_from_file_location("chaos_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["chaos_script"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["train"])
-def test_training_killed_again_and_again(stage: str, arrays: Path, tmp_path: Path) -> None:
-    run_to_the_end(command(stage, arrays, tmp_path / "whole"))
-    words, rng = command(stage, arrays, tmp_path / "cut"), random.Random(0)
-    kills = sum(kill_at_a_random_moment(words, tmp_path / "cut" / stage, rng) for _ in range(3))
-    assert kills >= 1, "every run ended before it could be killed"
-    run_to_the_end(words)
-    whole, cut = (load_file(tmp_path / run / stage / "model" / "model.safetensors") for run in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+def test_a_run_killed_in_every_stage_ends_as_an_undisturbed_one(
+    chaos: ModuleType, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def commands(out: Path) -> list[list[str]]:
+        fields = ["--data", f"arrays:{arrays}", "--device", "cpu", "--model.width", "4", "--out", str(out)]
+        loop = ["--loop.epochs", "2", "--loop.batch-size", "8", "--loop.checkpoint-every-s", "0.05", "--loop.log-every", "1"]
+        return [[stage, *fields, *loop] for stage in chaos.STAGES]
+
+    moments = [chaos.Moment(0, "step"), chaos.Moment(1, "save"), chaos.Moment(2, "checkpoint")]
+    found = chaos.chaos(commands, tmp_path, moments, random.Random(0), every=1)
+    assert found["kills"] == found["fresh_interpreters"] == 3
+    right = {"weights": True, "curve": True, "record": True, "clean": True}
+    assert found["equal"] == dict.fromkeys(chaos.STAGES, right), (tmp_path / "log.txt").read_text()
+
+
+def test_kills_are_spread_over_all_stages_and_phases(chaos: ModuleType) -> None:
+    moments = chaos.plan(50, random.Random(0))
+    assert len(moments) == 50
+    assert [m.stage for m in moments] == sorted(m.stage for m in moments)
+    assert min(Counter(m.stage for m in moments).values()) >= 16
+    assert {m.phase for m in moments} == {*chaos.EARLY, *chaos.LATE}
+    for stage in range(3):
+        phases = [m.phase for m in moments if m.stage == stage]
+        assert set(phases[:11]) == set(chaos.EARLY)  # a kill after the last step leaves none to kill at
+        assert set(phases[11:]) <= set(chaos.LATE)
+
+
+def finished(folder: Path, stages: tuple[str, ...]) -> Path:
+    """Three stages as training leaves them."""
+    for stage in stages:
+        (folder / stage / "model").mkdir(parents=True)
+        (folder / stage / "model" / "model.safetensors").write_bytes(b"weights")
+        (folder / stage / "history.jsonl").write_text('{"step": 1, "seconds": 3.0, "loss": 0.5}\n')
+        record = dict.fromkeys(("model", "data", "steps", "images", "config", "clean_accuracy_val"), 1)
+        (folder / stage / "run.json").write_text(json.dumps(record | {"seconds": 3.0}))
+    return folder
+
+
+@pytest.mark.parametrize("broken", ["weights", "curve", "record", "clean", "nothing"])
+def test_any_difference_is_seen(broken: str, chaos: ModuleType, tmp_path: Path) -> None:
+    whole, cut = (finished(tmp_path / name, chaos.STAGES) for name in ("whole", "cut"))
+    (cut / "train" / "history.jsonl").write_text('{"step": 1, "seconds": 4.0, "loss": 0.5}\n')  # seconds may differ
+    if broken == "weights":
+        (cut / "train" / "model" / "model.safetensors").write_bytes(b"Weights")
+    elif broken == "curve":
+        (cut / "train" / "history.jsonl").write_text('{"step": 1, "seconds": 3.0, "loss": 0.25}\n')
+    elif broken == "record":
+        (cut / "train" / "run.json").write_text((cut / "train" / "run.json").read_text().replace('"steps": 1', '"steps": 2'))
+    elif broken == "clean":
+        (cut / "train" / ".training_state.pt.7.partial").touch()
+    found = chaos.compare(whole, cut)
+    assert [name for name, fine in found["train"].items() if not fine] == ([] if broken == "nothing" else [broken])
+    assert all(found["pretrain"].values())
+    assert all(found["finetune"].values())

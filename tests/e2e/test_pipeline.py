@@ -91,6 +91,27 @@ def test_shards_make_the_rows_of_the_whole(amsdn: Shell, trained: Path, arrays: 
     assert [replace(r, seconds=0.0) for r in rows] == [replace(r, seconds=0.0) for r in expected]
 
 
+def test_shards_of_an_evaluation_make_the_files_of_the_whole(amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path) -> None:
+    words = ["--evaluate.batch-size", "5", "--attacks", "pgd-4"]
+    common = ["evaluate", "--model", model_folder, "--data", f"arrays:{arrays}", *words]
+    for shard in ("2/2", "1/2"):
+        outcome = amsdn(*common, "--out", tmp_path / "shards", "--shard", shard)
+        assert outcome.code == 0, outcome
+        assert f"shard {shard} is done" in outcome.out
+        assert not (tmp_path / "shards" / "run.json").exists()
+    whole, undivided = (amsdn(*common, "--out", tmp_path / folder) for folder in ("shards", "whole"))
+    assert whole.out.replace(str(tmp_path / "shards"), str(tmp_path / "whole")) == undivided.out
+    for name in ("eval.jsonl", "eval_config.json", "examples/pgd-4.npz"):
+        assert (tmp_path / "shards" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    told = json.loads((tmp_path / "shards" / "run.json").read_text())
+    assert ["--shard 2/2" in told["shards"][shard]["command"][-1] for shard in ("1/2", "2/2")] == [False, True]
+    again = amsdn(*common, "--out", tmp_path / "shards")
+    assert again.out == whole.out
+    refused = amsdn(*common, "--out", tmp_path / "shards", "--shard", "1/2", "--evaluate.seed", "1")
+    assert refused.code == 2
+    assert "another seed" in refused.err
+
+
 def test_certifying_more_images_and_attacking_otherwise_goes_on_in_the_same_folder(
     amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path
 ) -> None:

@@ -11,9 +11,10 @@ from evaluation_toys import Images, Linear, Noisy, PairCertifier, PairConfig, im
 from torch import nn
 
 from amsdn.errors import InputError
-from amsdn.evaluation.certification import RECORDS, Shard, certify_split, read_certificates
+from amsdn.evaluation.certification import RECORDS, certify_split, read_certificates
 from amsdn.evaluation.certifier import ABSTAIN, Certifier, Claim, Sample
 from amsdn.evaluation.evaluate import evaluate
+from amsdn.evaluation.shards import Shard
 from amsdn.evaluation.smoothing_certifier import SmoothingCertifier
 from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.records import CertRecord, Key, read_records
@@ -149,9 +150,9 @@ def test_shards_together_are_the_whole(tmp_path: Path, count: int) -> None:
     whole = certify(model, split, tmp_path / "whole", SEQUENTIAL) + certify_pairs(tmp_path / "whole")
     shards = tmp_path / "shards"
     for i in range(count, 0, -1):
-        mine = certify(model, split, shards, SEQUENTIAL, shard=(i, count))
+        mine = certify(model, split, shards, SEQUENTIAL, shard=Shard(i, count))
         assert [row.sample_id for row in mine] == [*range(7)][i - 1 :: count]
-        certify_pairs(shards, shard=(i, count))
+        certify_pairs(shards, shard=Shard(i, count))
     assert len(list(shards.glob("cert*.jsonl"))) == min(count, 7)
     before = {path: path.read_bytes() for path in shards.glob("cert*.jsonl")}
     assert without_time(certify(NeverAsked(), split, shards, SEQUENTIAL) + certify_pairs(shards)) == without_time(whole)
@@ -168,21 +169,14 @@ class NeverAsked(Linear):
         raise AssertionError("nothing is left to certify")
 
 
-@pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0), (-1, 2)])
-def test_a_shard_that_does_not_exist(tmp_path: Path, shard: Shard) -> None:
-    with pytest.raises(InputError, match="shards are counted from 1/n"):
-        certify_pairs(tmp_path, shard=shard)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_torn_shard_is_completed_by_an_unsharded_run(tmp_path: Path) -> None:
     expected = certify_pairs(tmp_path / "whole")
-    certify_pairs(tmp_path, shard=(1, 2))
-    certify_pairs(tmp_path, shard=(2, 2))
+    certify_pairs(tmp_path, shard=Shard(1, 2))
+    certify_pairs(tmp_path, shard=Shard(2, 2))
     torn = tmp_path / "cert.2-of-2.jsonl"
     torn.write_bytes(torn.read_bytes()[:-40])
     assert certify_pairs(tmp_path) == expected
-    assert certify_pairs(tmp_path, shard=(2, 2)) == expected[2:4] + expected[6:8] + expected[10:12]
+    assert certify_pairs(tmp_path, shard=Shard(2, 2)) == expected[2:4] + expected[6:8] + expected[10:12]
     rows = [row for path in tmp_path.glob("cert*.jsonl") for row in read_records(path, CertRecord)]
     assert len(rows) == len({row.key for row in rows}) == 14
 

@@ -1,4 +1,4 @@
-"""The occluded views cover what they promise, and their average is the one defined."""
+"""The occluded views cover every small patch, and what they say together is what the module promises of them."""
 
 import pytest
 import torch
@@ -7,24 +7,59 @@ from torch import Tensor
 from amsdn.models.consistency import consistent_prediction, occlusion_masks
 
 
-@pytest.mark.parametrize("samples", [1, 5, 36, 40])
-def test_views_are_distinct_and_fixed(samples: int) -> None:
+@pytest.mark.parametrize(("samples", "count"), [(1, 4), (4, 4), (5, 6), (9, 9), (36, 36), (40, 42)])
+def test_views_are_fixed_at_least_so_many_and_one_covers_any_patch(samples: int, count: int) -> None:
     masks = occlusion_masks(samples, 32, 32)
-    assert masks.shape == (samples, 1, 32, 32)
-    assert len({m.numpy().tobytes() for m in masks}) == samples
+    assert masks.shape == (count, 1, 32, 32)
     assert torch.equal(masks, occlusion_masks(samples, 32, 32))
+    assert not masks.flatten(1).all(1).any(), "a view of nothing"
+    for top in range(28):
+        for left in range(28):
+            assert bool(masks[:, 0, top : top + 5, left : left + 5].flatten(1).all(1).any()), (top, left)
 
 
-def test_probabilities_are_averaged_and_agreement_is_that_of_the_views() -> None:
+def test_probabilities_are_averaged_and_agreement_is_that_of_the_least_convinced_view() -> None:
     calls: list[Tensor] = []
+    answers = torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1], [0.9, 0.1]])
 
     def classify(view: Tensor) -> Tensor:
         calls.append(view)
-        return torch.tensor([[0.2, 0.8]]).log() if len(calls) == 1 else torch.tensor([[0.5, 0.5]]).log()
+        return answers[len(calls) - 1 : len(calls)].log()
 
     x, fill = torch.rand(1, 3, 32, 32), torch.full((1, 3, 1, 1), 0.25)
-    out = consistent_prediction(torch.tensor([[0.9, 0.1]]).log(), x, classify, 2, fill)
-    torch.testing.assert_close(out.logits.exp(), torch.tensor([[1.6, 1.4]]) / 3)
-    torch.testing.assert_close(out.agreement, torch.tensor([0.35]))
-    for view, mask in zip(calls, occlusion_masks(2, 32, 32), strict=True):
+    out = consistent_prediction(torch.tensor([[0.9, 0.1]]).log(), x, classify, 4, fill)
+    torch.testing.assert_close(out.logits.exp(), torch.tensor([[3.4, 1.6]]) / 5)
+    torch.testing.assert_close(out.agreement, torch.tensor([0.2]))
+    for view, mask in zip(calls, occlusion_masks(4, 32, 32), strict=True):
         assert torch.equal(view, torch.where(mask, fill, x))
+
+
+def test_no_patch_leads_past_the_alarm_where_every_masked_view_is_sure_enough() -> None:
+    """The theorem, against every patch that a tiny classifier can see: one whose logits are sums over pixels."""
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 12, 12, generator=gen)
+    fill = torch.zeros(1, 1, 1, 1)
+
+    def classify(view: Tensor) -> Tensor:
+        return torch.einsum("khw,bhw->bk", weight, view[:, 0]) * 0.15
+
+    safe = broken = 0
+    for x in torch.rand(60, 1, 1, 12, 12, generator=gen) * 2 - 1:
+        views = torch.cat([classify(torch.where(mask, fill, x)) for mask in occlusion_masks(4, 12, 12)]).softmax(1)
+        label = int(views.mean(0).argmax())
+        bound = float(views[:, [k for k in range(3) if k != label]].max())
+        attacked = torch.cat([_worst(x, weight, goal, t, left) for goal in range(3) for t in range(11) for left in range(11)])
+        found = consistent_prediction(classify(attacked), attacked, classify, 4, fill)
+        wrong = found.logits.argmax(1) != label
+        assert not (wrong & (found.agreement > bound + 1e-6)).any()
+        safe, broken = safe + int(bound < 0.5), broken + int(wrong.sum())
+    assert safe >= 5
+    assert broken > 0, "no patch changed any answer: the test tests nothing"
+
+
+def _worst(x: Tensor, weight: Tensor, goal: int, top: int, left: int) -> Tensor:
+    """x with a 2x2 patch at that place that raises class ``goal`` as far as pixels in [-1, 1] can."""
+    attacked = x.clone()
+    window = (slice(None), slice(None), slice(top, top + 2), slice(left, left + 2))
+    attacked[window] = (weight[goal] - weight.mean(0))[None, None, top : top + 2, left : left + 2].sign()
+    return attacked

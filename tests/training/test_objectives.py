@@ -2,15 +2,18 @@
 
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from amsdn.training.objectives import (
     anomaly_map_loss,
     detector_losses,
+    divergence,
     feature_pull,
     instance_logits,
     level_targets,
+    mean_answer_entropy,
     noise_consistency,
 )
 
@@ -66,6 +69,29 @@ def test_noise_consistency_is_the_mean_divergence_of_the_average_from_each() -> 
     expected = -0.5 * ((m * p.log()).sum() + (m * q.log()).sum()) - entropy
     assert torch.allclose(noise_consistency(a, b), expected, atol=1e-6)
     assert abs(float(noise_consistency(a, a))) < 1e-6
+
+
+def test_noise_consistency_of_several_copies_and_the_entropy_of_their_mean_by_hand() -> None:
+    """Jeong and Shin's loss for m = 3, from probabilities: mean over copies of KL(mean || copy), and H(mean)."""
+    copies = [torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)]
+    probabilities = [c.softmax(1) for c in copies]
+    mean = sum(probabilities) / 3
+    divergences = [(mean * (mean / p).log()).sum(1).mean() for p in probabilities]
+    found = noise_consistency(*copies), mean_answer_entropy(*copies)
+    torch.testing.assert_close(found[0].double(), sum(divergences) / 3, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found[1].double(), -(mean * mean.log()).sum(1).mean(), atol=1e-6, rtol=1e-5)
+    assert float(mean_answer_entropy(torch.zeros(2, 4), torch.zeros(2, 4))) == pytest.approx(math.log(4))
+
+
+def test_divergence_is_that_of_the_first_from_the_second_and_survives_certain_answers() -> None:
+    a, b = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[0.0, 0.5, 0.2]])
+    expected = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=a), torch.distributions.Categorical(logits=b))
+    torch.testing.assert_close(divergence(a, b), expected)
+    sure = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    worst = divergence(sure, -sure)
+    (gradient,) = torch.autograd.grad(worst.sum(), sure)
+    assert float(worst.detach()) == pytest.approx(200.0)
+    assert bool(gradient.isfinite().all())
 
 
 def test_instance_logits_single_out_the_matching_image_whatever_the_scale() -> None:

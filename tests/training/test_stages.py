@@ -12,7 +12,8 @@ from amsdn.attacks import Attack, PatchPGD, PGDAttack, SparsePGD
 from amsdn.data import ArraySplit, Augment
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
-from amsdn.training.adversarial_train import AdversarialTrainConfig, AdversarialTraining, craft
+from amsdn.training.adversarial_train import AdversarialTrainConfig, AdversarialTraining
+from amsdn.training.defence import craft
 from amsdn.training.finetune_attacks import FinetuneConfig, Finetuning
 from amsdn.training.loop import Batch, LoopConfig, Stage, train
 from amsdn.training.pretrain_ssrt import SSRT, InstanceClassifier, PretrainConfig
@@ -39,7 +40,7 @@ def make_stage(name: str, model: AMSDN) -> Stage:
 
 def batch_of(split: ArraySplit, seed: int = 0) -> Batch:
     x, y = split.fetch(torch.arange(10))
-    return Batch(x, y, torch.Generator().manual_seed(seed), 0.5)
+    return Batch(x, y, torch.arange(10), torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed), 0.5)
 
 
 def weights_after(name: str, config: AMSDNConfig, split: ArraySplit, folder: Path, stop_after: int | None = None) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ def weights_after(name: str, config: AMSDNConfig, split: ArraySplit, folder: Pat
             with pytest.raises(KeyboardInterrupt):
                 train(stage, model, split, LOOP, folder)
         else:
-            return train(stage, model, split, LOOP, folder).state_dict()
+            return train(stage, model, split, LOOP, folder).model.state_dict()
     raise AssertionError
 
 
@@ -181,27 +182,13 @@ def test_shares_that_exceed_a_batch_are_refused() -> None:
         FinetuneConfig(attacks=())
 
 
-def test_finetuning_remembers_the_error_of_the_attack_it_drew_and_keeps_all_alive(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
+def test_a_step_changes_nothing_and_finetuning_remembers_the_error_of_the_attack_it_drew(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
     stage = make_stage("finetune", tiny_model)
     assert isinstance(stage, Finetuning)
-    before = stage.running_error.clone()
     output = stage.step(tiny_model.train(), tiny_model, batch_of(tiny_split))
-    moved = (stage.running_error != before).nonzero().squeeze(1)
-    assert len(moved) <= 1
+    assert stage.sampler.errors.tolist() == [0.5, 0.5, 0.5], "a step must not change the stage"
+    stage.remember([output.memory])
+    met = output.memory["attacks_met"].bool()
     expected = 0.95 * 0.5 + 0.05 * (1 - float(output.metrics["accuracy_attacked"]))
-    assert torch.isclose(stage.running_error[moved], torch.tensor(expected, dtype=torch.float64)).all()
-    for _ in range(200):
-        stage._remember(0, replace_accuracy(output, 1.0))
-    assert float(stage.running_error[0]) == 0.05
-
-
-def replace_accuracy(output, value: float):  # type: ignore[no-untyped-def]
-    return replace(output, metrics={"accuracy_attacked": torch.tensor(value)})
-
-
-def test_draws_follow_the_running_errors() -> None:
-    from amsdn.training.adversarial_train import draw
-
-    gen = torch.Generator().manual_seed(0)
-    counts = torch.bincount(torch.tensor([draw(torch.tensor([0.1, 0.3]), gen) for _ in range(4000)]), minlength=2)
-    assert abs(float(counts[1] / 4000) - 0.75) < 0.03
+    assert int(met.sum()) == 1
+    torch.testing.assert_close(stage.sampler.errors, torch.where(met, expected, 0.5))

@@ -14,9 +14,10 @@ from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
 from amsdn.models.double_masking import DoubleMasking
 from amsdn.protocols import mask_fill_of
-from amsdn.training.adversarial_train import DefenceLoss, defence_step, supervised_step
+from amsdn.training.defence import DefenceConfig, DefenceLoss, Scene, defence_step, supervised_step
 from amsdn.training.finetune_attacks import freeze_statistics
-from amsdn.training.objectives import noise_consistency
+from amsdn.training.objectives import divergence, mean_answer_entropy, noise_consistency
+from amsdn.training.self_adaptive import Targets
 from amsdn.training.views import CertifiableViews, Drawn, GaussianViews, GreedyCutout, PixelParts
 from amsdn.utils.partition import part_views
 
@@ -214,15 +215,59 @@ def test_the_loss_is_the_mean_over_images_of_what_each_kind_costs() -> None:
     assert not any(v.requires_grad for v in found.metrics.values())
 
 
+def test_copies_agree_and_stay_decided_with_the_weights_given() -> None:
+    model, (x, y) = Linear(), images(8)
+    views = CertifiableViews(noised=0.5, sigmas=(0.3,), copies=3, consistency=10.0, entropy=0.5)
+    drawn = views.draw(model, x, y, seeded())
+    logits = model(drawn.images)
+    copies = logits.chunk(3)
+    expected = F.cross_entropy(logits, y[:4].repeat(3)) + 10 * noise_consistency(*copies) + 0.5 * mean_answer_entropy(*copies)
+    torch.testing.assert_close(views.loss(drawn, logits, 0.1).loss, expected)
+
+
+def test_masked_answers_are_pulled_to_the_whole_images_and_no_gradient_flows_into_those() -> None:
+    model, (x, y) = Linear(), images(10)
+    views = CertifiableViews(masked=0.6, unmasked_pull=2.0, cutouts=(GreedyCutout(3, 2, candidates=1), GreedyCutout(2, 3, candidates=1)))
+    drawn = views.draw(model, x, y, seeded())
+    assert model.shown == 6, "one forward of the masked images themselves, and none for random masks"
+    logits = model(drawn.images)
+    found = views.loss(drawn, logits, 0.1)
+    whole, masked = model(x[:6]).softmax(1), logits.softmax(1)
+    pull = (whole * (whole / masked).log()).sum(1).mean()
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, y[:6], label_smoothing=0.1) + 2.0 * pull)
+    torch.testing.assert_close(found.metrics["divergence_masked"], pull.detach())
+    (portion,) = drawn.portions
+    assert portion.whole is not None
+    assert not portion.whole.requires_grad
+    # Of 2 KL(whole || masked) alone, the gradient by the masked logits is 2 (masked - whole) / 6.
+    (gradient,) = torch.autograd.grad(2.0 * divergence(portion.whole, logits).mean(), logits, retain_graph=True)
+    torch.testing.assert_close(gradient, (2 * (masked - whole) / 6).detach())
+
+
+def test_the_whole_images_answer_is_the_deployed_models_and_moves_no_statistics(tiny_model: AMSDN) -> None:
+    x, y = torch.rand(10, 3, 16, 16, generator=seeded()), torch.arange(10) % 2
+    before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
+    views = CertifiableViews(masked=0.5, unmasked_pull=1.0, cutouts=(GreedyCutout(4, 2, candidates=1),))
+    (portion,) = views.draw(tiny_model.train(), x, y, seeded()).portions
+    assert tiny_model.training
+    assert all(torch.equal(v, before[k]) for k, v in tiny_model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(portion.whole, tiny_model.eval()(x[:5]))  # type: ignore[arg-type]
+
+
 def test_clean_images_join_the_views_in_one_pass_and_all_weigh_the_same(tiny_model: AMSDN) -> None:
     views = CertifiableViews(noised=0.2, masked=0.3, ablated=0.1, cutouts=(GreedyCutout(4, 2, candidates=1),), parts=PixelParts(((2, 2),)))
     model, x, y = tiny_model.eval(), torch.rand(20, 3, 16, 16, generator=seeded()), torch.arange(20) % 2
     drawn = views.draw(model, x, y, seeded())
-    weights = DefenceLoss(label_smoothing=0.0)
-    found = supervised_step(model, x, y, weights, views, drawn)
+    config = DefenceConfig(loss=DefenceLoss(label_smoothing=0.0), views=views)
+    found = supervised_step(model, config, scene(x, y, drawn, 0))
     torch.testing.assert_close(found.loss, F.cross_entropy(model(torch.cat([drawn.images, x[12:]])), y))
     assert set(found.metrics) == {"accuracy", *(f"{what}_{kind}" for what in ("accuracy", "cross_entropy") for kind in KINDS)}
     torch.testing.assert_close(found.metrics["accuracy"], (model(x[12:]).argmax(1) == y[12:]).float().mean())
+
+
+def scene(x: Tensor, y: Tensor, drawn: Drawn, attacked: int) -> Scene:
+    return Scene(x, y, Targets(torch.arange(len(y)), F.one_hot(y, 2).float()), drawn, attacked)
 
 
 KINDS = ("noised", "masked", "ablated")
@@ -234,14 +279,14 @@ def test_the_detector_learns_from_no_view_and_the_attacked_images_are_others(kin
     views = CertifiableViews(**shares, cutouts=(GreedyCutout(4, 2, candidates=1),), parts=PixelParts(((2, 2),)))  # type: ignore[arg-type]
     model, (x, y) = tiny_model.eval(), tiny_split.fetch(torch.arange(10))
     attack = PatchPGD(size=4, num_steps=1, alpha=0.25, stop_when_fooled=False)
-    weights = DefenceLoss()
+    config = DefenceConfig(views=views)
     drawn = views.draw(model, x, y, seeded())
     none = Drawn(x[:0], y[:0], ())
-    alone = defence_step(model, model, attack, x[3:], y[3:], 4, weights, seeded(2), views, none)
-    joined = defence_step(model, model, attack, x, y, 4, weights, seeded(2), views, drawn)
+    alone = defence_step(model, model, attack, config, scene(x[3:], y[3:], none, 4), seeded(2))
+    joined = defence_step(model, model, attack, config, scene(x, y, drawn, 4), seeded(2))
     for name, value in alone.metrics.items():
         torch.testing.assert_close(joined.metrics[name], value, msg=name)
-    expected = 0.7 * alone.loss + 0.3 * views.loss(drawn, model.trace(drawn.images).logits, weights.label_smoothing).loss
+    expected = 0.7 * alone.loss + 0.3 * views.loss(drawn, model.trace(drawn.images).logits, config.loss.label_smoothing).loss
     torch.testing.assert_close(joined.loss, expected)
     assert f"accuracy_{kind}" in joined.metrics
 
@@ -261,6 +306,10 @@ def test_the_detector_learns_from_no_view_and_the_attacked_images_are_others(kin
         lambda: CertifiableViews(noised=-0.1),
         lambda: CertifiableViews(masked=0.6, ablated=0.4),
         lambda: CertifiableViews(consistency=-1),
+        lambda: CertifiableViews(entropy=-1),
+        lambda: CertifiableViews(unmasked_pull=-1),
+        lambda: CertifiableViews(consistency=1, copies=1),
+        lambda: CertifiableViews(copies=0),
         lambda: CertifiableViews(cutouts=()),
         lambda: CertifiableViews(sigmas=(-1.0,)),
         lambda: GreedyCutout(9)(Linear(), *images(2), seeded()),

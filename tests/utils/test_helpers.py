@@ -36,6 +36,16 @@ def test_devices() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(InputError, match="cuda:99: not usable"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="cuda:99: not usable"):
+        pick_device("auto")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
 def test_provenance_is_never_empty() -> None:
     assert commit()
     assert command_line()

@@ -59,17 +59,17 @@ class PyramidAttention(nn.Module):
             _zero(out)
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        carried = [source(f) for source, f in zip(self.sources, levels, strict=True)]
-        pairs = [(c[:, : self.thin], c[:, self.thin :]) for c in carried]
+        # split, not slices: its gradient is one concatenation instead of a sum of padded tensors
+        carried = [source(f).split([self.thin, len(levels)], dim=1) for source, f in zip(self.sources, levels, strict=True)]
+        values, scores = [value for value, _ in carried], [score.split(1, dim=1) for _, score in carried]
         mixed, weights = [], []
         for target, (f, out) in enumerate(zip(levels, self.outs, strict=True)):
             size = (f.shape[-2], f.shape[-1])
-            scores = torch.cat([resize(score[:, target : target + 1], size) for _, score in pairs], dim=1)
-            weight = scores.float().softmax(1)
-            share = weight.to(scores.dtype)
-            mixture = resize(pairs[0][0], size) * share[:, :1]
-            for k, (value, _) in enumerate(pairs[1:], start=1):
-                mixture = torch.addcmul(mixture, resize(value, size), share[:, k : k + 1])
+            weight = torch.cat([resize(score[target], size) for score in scores], dim=1).float().softmax(1)
+            shares = weight.to(values[0].dtype).split(1, dim=1)
+            mixture = resize(values[0], size) * shares[0]
+            for value, share in zip(values[1:], shares[1:], strict=True):
+                mixture = torch.addcmul(mixture, resize(value, size), share)
             mixed.append(f + out(mixture))
             weights.append(weight)
         return mixed, weights

@@ -1,0 +1,270 @@
+"""Does each part of the design earn its cost? Every part switched off in turn, at equal training cost, against plain backbones.
+
+Arms differ in the model (attention, purification, FPN), in SSRT pretraining, or in width. The cost of an arm's training step is
+measured side by side with the others', in process time, and every arm gets as many steps as the budget pays for: whoever drops a
+part trains longer. ``plain`` is the backbone without any part, ``plain, wider`` the same at the width whose step costs what all
+parts together cost. SSRT is also tried where it should help most: many images, labels for few of them. Consistency is a matter of
+inference: the same weights answer with and without it.
+
+All are judged on the first images of the *validation* split, so that nothing is chosen on the test images of the tables, by attacks
+that go through the whole defence. Every run resumes; a killed benchmark goes on where it was, and several may share a ``--work``
+folder if their arms or seeds differ.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from amsdn.attacks import Attack, Cascade, EvadeDetector, GuidedSparseRS, PatchPGD, SparsePGD
+from amsdn.commands.common import provenance, read_json
+from amsdn.commands.stages import StageRun, calibrate, clean_accuracy, run_stage
+from amsdn.data import Augment, Dataset, load_dataset
+from amsdn.data.sampling import balanced_first
+from amsdn.evaluation.certification import certify_split
+from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
+from amsdn.evaluation.patch_certificate import PatchCertifier
+from amsdn.models.amsdn import AMSDN, AMSDNConfig
+from amsdn.models.storage import load_model
+from amsdn.recipes.defences import PatchDefence
+from amsdn.records import write_json
+from amsdn.training.adversarial_train import AdversarialTrainConfig
+from amsdn.training.loop import LoopConfig
+from amsdn.training.pretrain_ssrt import PretrainConfig
+from amsdn.training.views import CertifiableViews, GreedyCutout
+from amsdn.utils.helpers import keep_freed_memory
+
+AUGMENT = Augment(flip=True, shift=4)
+PATCH, PIXELS, BATCH = 5, 10, 128
+SSRT_SHARE = 0.08  # of the training cost, where there is pretraining
+BASE = AMSDNConfig(variant="compact", width=16, bounded_evidence=True)
+PLAIN: dict[str, Any] = {"fpn": False, "attention": False, "purification": False, "bounded_evidence": False}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is switched off, or else: fields of the model's configuration, how much SSRT comes first, how many images have labels."""
+
+    about: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    ssrt: float = SSRT_SHARE  # of the training cost
+    labels: int | None = None  # images that have one; None: all
+    evading: bool = True  # whether training meets attacks that avoid the detector, where there is one
+
+
+ARMS: dict[str, Arm] = {
+    "all parts": Arm("attention with bounded evidence, purification, FPN, SSRT"),
+    "plain": Arm("the backbone alone, trained longer", PLAIN, ssrt=0),
+    "plain, wider": Arm("the backbone alone, as wide as the cost of all parts pays for", PLAIN | {"width": 22}, ssrt=0),
+    "no attention": Arm("all but attention and its bounded evidence", {"attention": False, "bounded_evidence": False}),
+    "no purification": Arm("all but purification, so no detector", {"purification": False}),
+    "no FPN": Arm("all but the top-down pathway", {"fpn": False}),
+    "no SSRT": Arm("all parts, no pretraining", ssrt=0),
+    "unbounded": Arm("all parts, attention as of old: locations as loud as they like", {"bounded_evidence": False}),
+    "not evading": Arm("all parts, no training against attacks that avoid the detector", evading=False),
+    "few labels": Arm("all parts, 2,000 labels, half of the cost spent on SSRT without labels", ssrt=0.5, labels=2000),
+    "few labels, no SSRT": Arm("all parts, 2,000 labels, no pretraining", ssrt=0, labels=2000),
+}
+
+
+def pretrain_config(epochs: float, seed: int) -> PretrainConfig:
+    """SSRT as in the CPU recipe."""
+    return PretrainConfig(loop=LoopConfig(epochs=epochs, batch_size=BATCH, seed=seed), augment=AUGMENT)
+
+
+def train_config(epochs: float, seed: int, *, evading: bool) -> AdversarialTrainConfig:
+    """Patches and pixels with the few steps a CPU affords, half of them ``evading``, and masks for consistency and the certificate."""
+    attacks: tuple[Attack, ...] = (
+        PatchPGD(PATCH, num_steps=2, alpha=0.5, move="never", stop_when_fooled=False),
+        PatchPGD(8, num_steps=2, alpha=0.5, move="never", stop_when_fooled=False),
+        SparsePGD(6 * PIXELS, num_steps=2, alpha=0.5, stop_when_fooled=False),
+    )
+    if evading:
+        attacks += (EvadeDetector(attacks[0]), EvadeDetector(attacks[2]))
+    return AdversarialTrainConfig(
+        loop=LoopConfig(epochs=epochs, batch_size=BATCH, learning_rate=3e-3, weight_decay=0.02, seed=seed),
+        augment=AUGMENT,
+        attacks=attacks,
+        attacked_share=0.4,
+        clean_start=0.2,
+        views=CertifiableViews(masked=0.3, cutouts=(GreedyCutout(PATCH, 3, candidates=1),)),
+    )
+
+
+def judges(queries_scale: float) -> dict[str, Attack]:
+    """The attacks that judge every arm; the last only where there is a detector to evade."""
+
+    def n(count: int) -> int:
+        return max(round(count * queries_scale), 1)
+
+    return {
+        "patch": PatchPGD.racing(PATCH, n(60)),
+        "pixels": Cascade((SparsePGD(PIXELS, n(40)), GuidedSparseRS(PIXELS, n(300)))),
+        "patch-evading": EvadeDetector(PatchPGD.racing(PATCH, n(60))),
+    }
+
+
+def measured_costs(data: Dataset, arms: Mapping[str, Arm], work: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of process time of one training and one pretraining step of every arm, medians over interleaved rounds; kept in WORK/costs.json."""
+    kept = work / "costs.json"
+    if kept.exists() and (found := read_json(kept)).keys() >= arms.keys():
+        return found
+    taken: dict[str, dict[str, list[float]]] = {name: {"train": [], "pretrain": []} for name in arms}
+    for turn in range(rounds + 1):
+        for name, arm in arms.items():
+            for stage in ("train", "pretrain") if arm.ssrt else ("train",):
+                seconds = _seconds_of_steps(data, arm, stage, turn, work / "cost-runs")
+                if turn:  # the first round warms up
+                    taken[name][stage].append(seconds)
+    costs = {name: {stage: median(values) for stage, values in stages.items() if values} for name, stages in taken.items()}
+    write_json(kept, costs)
+    return costs
+
+
+def _seconds_of_steps(data: Dataset, arm: Arm, stage: str, turn: int, folder: Path) -> float:
+    """Process seconds a step, over a dozen steps of real training thrown away afterwards; every attack comes up."""
+    few = replace(data, train=data.train.subset(torch.arange(min(12 * BATCH, len(data.train)))), val=data.val.subset(torch.arange(2)))
+    config = pretrain_config(1.0, turn) if stage == "pretrain" else train_config(1.0, turn, evading=meets_evading(arm))
+    target = folder / f"{time.monotonic_ns()}"
+    started = time.process_time()
+    run_stage(StageRun(config, replace(BASE, **arm.model), target, None), few, torch.device("cpu"))
+    return (time.process_time() - started) / max(len(few.train) // BATCH, 1)
+
+
+def meets_evading(arm: Arm) -> bool:
+    """Whether the arm trains against attacks that avoid its detector: it needs one."""
+    return arm.evading and replace(BASE, **arm.model).purification
+
+
+def steps_for(name: str, arm: Arm, costs: Mapping[str, Mapping[str, float]], steps: int) -> tuple[int, int]:
+    """(pretraining, training) steps that cost as much as ``steps`` training steps of all parts with their pretraining."""
+    budget = steps * costs["all parts"]["train"] / (1 - SSRT_SHARE)
+    first = max(round(arm.ssrt * budget / costs[name]["pretrain"]), 1) if arm.ssrt else 0
+    return first, max(round((1 - arm.ssrt) * budget / costs[name]["train"]), 1)
+
+
+def trained(arm: Arm, seed: int, data: Dataset, steps: tuple[int, int], folder: Path) -> AMSDN:
+    """The arm's model of one seed, from its folder if it has been trained."""
+    device, start = torch.device("cpu"), None
+    model = replace(BASE, **arm.model)
+    if arm.ssrt:
+        config = pretrain_config(steps[0] / (len(data.train) // BATCH), seed)
+        start = run_stage(StageRun(config, model, folder / "pretrain", None), data, device)
+    if arm.labels is not None:
+        data = replace(data, train=data.train.subset(balanced_first(data.train.labels, arm.labels)))
+    config = train_config(steps[1] / (len(data.train) // BATCH), seed, evading=meets_evading(arm))
+    return load_model(run_stage(StageRun(config, model, folder / "train", start), data, device))
+
+
+def judged(model: AMSDN, data: Dataset, folder: Path, samples: int, attacks: Mapping[str, Attack]) -> dict[str, Any]:
+    """Clean accuracy on all validation images; on the first ``samples`` what stands, what is noticed and what is certified. Counts."""
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found: dict[str, Any] = {"clean": clean_accuracy(model, data.val, torch.device("cpu"))}
+    rows = evaluate(model, data.val, attacks, folder, EvaluateConfig(keep_examples=0), sample_ids=range(samples))
+    for attack in ("clean", *attacks):
+        mine = [r for r in rows if r.attack == attack]
+        noticed = [r.correct or bool(r.detected) for r in mine]
+        found[f"under {attack}"] = {"correct": sum(r.correct for r in mine), "correct_or_noticed": sum(noticed), "samples": len(mine)}
+        found[f"under {attack}"]["alarms"] = sum(bool(r.detected) for r in mine)
+    return found
+
+
+def certified(model: AMSDN, data: Dataset, folder: Path, samples: int) -> dict[str, int]:
+    """How many of the first ``samples`` validation images are right and certified under 3x3 masks."""
+    certifier = PatchCertifier(PatchDefence(PATCH, 3).around(model))
+    proofs = certify_split(certifier, data.val, folder, model=model, sample_ids=range(samples))
+    proofs = [p for p in proofs if p.certificate == "patch"]
+    return {"correct": sum(p.correct and p.radius >= 1 for p in proofs), "samples": len(proofs)}
+
+
+def with_consistency(model: AMSDN, views: int, data: Dataset) -> AMSDN:
+    """The same weights, answering by occluded views as well, with a threshold of their own from the last half of the validation images."""
+    other = AMSDN.from_config(replace(model.config, pretrained=False, consistency_samples=views))
+    other.load_state_dict(model.state_dict())
+    calibrate(other.eval(), data.val.subset(torch.arange(len(data.val) // 2, len(data.val))), torch.device("cpu"))
+    return other
+
+
+def fitting(attacks: Mapping[str, Attack], model: AMSDN) -> dict[str, Attack]:
+    """Without the attacks that avoid a detector where there is none."""
+    return {name: attack for name, attack in attacks.items() if model.has_detector or not attack.evades}
+
+
+def runs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Every arm and seed that was asked for, seed by seed, so that a run cut short has whole comparisons."""
+    for seed in options.seeds:
+        for name in options.arms:
+            yield name, seed
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Train and judge whatever is missing, a JSON file a run."""
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    data = load_dataset("cifar10", root=options.data_root, limit=options.limit)
+    costs = measured_costs(data, ARMS, options.work, options.cost_rounds)
+    for name, seed in runs(options):
+        folder = options.work / name.replace(" ", "-").replace(",", "") / str(seed)
+        if (folder / "result.json").exists():
+            continue
+        steps = steps_for(name, ARMS[name], costs, options.steps)
+        started = time.monotonic()
+        model = trained(ARMS[name], seed, data, steps, folder)
+        attacks = judges(options.scale)
+        found = judged(model, data, folder / "judged", options.samples, fitting(attacks, model))
+        found["certified"] = certified(model, data, folder / "judged", options.samples)
+        if name in options.consistency:
+            consistent, few = with_consistency(model, options.views, data), max(options.samples // 3, 2)
+            local = {key: attack for key, attack in attacks.items() if key != "pixels"}  # random search asks for thousands of answers
+            found["consistent"] = judged(consistent, data, folder / "consistent", few, local)
+        parameters = sum(p.numel() for p in model.parameters())
+        origin = provenance(torch.device("cpu"), steps=steps, parameters=parameters, minutes=(time.monotonic() - started) / 60)
+        write_json(
+            folder / "result.json", {"arm": name, "about": ARMS[name].about, "seed": seed, "costs": costs[name], **origin, "found": found}
+        )
+        print(f"{name}, seed {seed}: {found}", flush=True)
+
+
+def gather(work: Path) -> dict[str, Any]:
+    """All results there are under ``work``."""
+    found = [read_json(p) for p in sorted(work.glob("*/*/result.json"))]
+    return {"rows": found, "costs": read_json(work / "costs.json"), "ssrt_share": SSRT_SHARE, "patch": PATCH, "pixels": PIXELS}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, help="where CIFAR-10 lies (default: AMSDN_DATA or data/)")
+    parser.add_argument("--limit", type=int, help="use at most this many images of every split (a dry run)")
+    parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="where runs are kept")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of all parts; what they cost is everyone's budget")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument(
+        "--consistency",
+        nargs="*",
+        default=["all parts", "plain"],
+        choices=list(ARMS),
+        help="arms whose weights also answer by occluded views",
+    )
+    parser.add_argument("--views", type=int, default=4, help="how many occluded views")
+    parser.add_argument("--samples", type=int, default=300, help="validation images that are attacked")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the attacks' steps and queries")
+    parser.add_argument("--cost-rounds", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/ablations.json"))
+    options = parser.parse_args(arguments)
+    benchmark(options)
+    write_json(options.out, gather(options.work))
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
