@@ -51,11 +51,14 @@ def parse_budget(text: str) -> float:
 
 
 def span(seconds: float) -> str:
-    """A time as a person would say it, and as ``parse_budget`` reads it: 90s, 10min, 1.5h."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size or (seconds >= size and seconds % size == 0):
+    """A time as a person would say it, and as ``parse_budget`` reads it: 90s, 10min, 1.5h; three digits where it is not even."""
+    sizes = {"h": 3600, "min": 60, "s": 1}
+    for unit, size in sizes.items():
+        even = float(f"{seconds / size:.3g}") * size == seconds
+        if even and (seconds >= 2 * size or seconds == size):
             return f"{seconds / size:.3g}{unit}"
-    return f"{seconds:.3g}s"
+    unit = "h" if seconds >= 7200 else "min" if seconds >= 120 else "s"
+    return f"{seconds / sizes[unit]:.3g}{unit}"
 
 
 @dataclass(frozen=True)

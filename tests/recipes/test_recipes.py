@@ -48,7 +48,7 @@ def test_attacks_are_distinct_and_reach_every_headline_budget_in_two_ways_for_lo
 @pytest.mark.parametrize("name", NAMES)
 def test_the_control_is_the_same_backbone_without_defence_trained_without_attacks(name: str) -> None:
     recipe = get_recipe(name)
-    off = {"fpn": False, "attention": False, "purification": False}
+    off = {"fpn": False, "attention": False, "purification": False, "bounded_evidence": False}
     assert dataclasses.replace(recipe.model, **off) == recipe.control_model
     assert isinstance(recipe.control, AdversarialTrainConfig)
     assert recipe.control.attacks == ()

@@ -50,7 +50,7 @@ def test_running_errors_follow_their_recursion_for_the_attacks_that_were_met() -
 def test_draws_use_the_errors_as_last_fetched_and_follow_them_from_the_refresh_on() -> None:
     sampler = AttackSampler(ATTACKS, ErrorProportional(momentum=0.0, refresh=4, floor=1e-9))
     for step, (chosen, error) in enumerate([(0, 0.0), (1, 0.0), (2, 0.25), (0, 0.0)], start=1):
-        assert sampler.fetched == [0.5, 0.5, 0.5], f"stale until step 4, not refreshed before step {step}"
+        assert {sampler.draw(host(seed))[0] for seed in range(30)} == {0, 1, 2}, f"stale until step 4, not refreshed before step {step}"
         sampler.remember([met(sampler, chosen, error)])
     assert sampler.fetched == [0.0, 0.0, 0.25]
     assert {sampler.draw(host(seed))[0] for seed in range(30)} == {2}
@@ -62,23 +62,24 @@ def test_parts_have_memories_of_the_same_keys_and_shapes_whatever_they_met() -> 
     assert len(kinds) == 1
 
 
-@pytest.mark.parametrize("cut", range(1, 8))
+@pytest.mark.parametrize("cut", [1, 6, 9, 13])
 def test_a_resumed_run_draws_what_the_undisturbed_run_draws(cut: int) -> None:
     def steps(sampler: AttackSampler, start: int, stop: int) -> list[int]:
         drawn = []
         for step in range(start, stop):
             chosen, _ = sampler.draw(host(step))
-            sampler.remember([met(sampler, chosen, [0.1, 0.9, 0.4][chosen] + 0.01 * step)])
+            sampler.remember([met(sampler, chosen, [0.0, 1.0, 0.0][chosen])])  # draws by fresh errors would soon be all of number 1
             drawn.append(chosen)
         return drawn
 
-    mix = ErrorProportional(momentum=0.5, refresh=3)
+    mix = ErrorProportional(momentum=0.1, refresh=10, floor=1e-6)
     whole = AttackSampler(ATTACKS, mix)
-    expected = steps(whole, 0, 40)
+    expected = steps(whole, 0, 30)
+    assert set(expected[:10]) == {0, 1, 2}
     first, second = AttackSampler(ATTACKS, mix), AttackSampler(ATTACKS, mix)
     drawn = steps(first, 0, cut)
     second.load(copy.deepcopy(first.state()))
-    assert drawn + steps(second, cut, 40) == expected
+    assert drawn + steps(second, cut, 30) == expected
     assert torch.equal(second.errors, whole.errors)
 
 

@@ -104,6 +104,23 @@ def test_more_candidates_cost_more_passes_and_find_worse_views() -> None:
     assert mean[0] < mean[1] < mean[2] == mean[3]
 
 
+def test_of_several_random_pairs_the_worst_is_shown_and_every_pair_costs_one_pass() -> None:
+    x, y = images(400)
+    mean, shown = [], []
+    for pairs in (1, 2, 6):
+        model = Linear()
+        found, view = GreedyCutout(3, masks_per_axis=2, pairs=pairs)(model, x, y, seeded()), certificate_views(model, x, GreedyCutout(3, 2))
+        shown.append(model.shown)
+        mean.append(float(F.cross_entropy(model(found), y).detach()))
+        hits = torch.stack([(view(i, j) == found).flatten(1).all(1) for i, j in itertools.combinations_with_replacement(range(4), 2)])
+        assert hits.any(0).all()
+    assert shown == [0, 2 * 400, 6 * 400]
+    assert mean[0] < mean[1] < mean[2]
+    every = torch.stack([F.cross_entropy(model(view(i, j)), y, reduction="none") for i in range(4) for j in range(4)])
+    many = GreedyCutout(3, masks_per_axis=2, pairs=300)(Linear(), x[:20], y[:20], seeded())
+    torch.testing.assert_close(F.cross_entropy(model(many), y[:20], reduction="none"), every[:, :20].amax(0))
+
+
 def test_candidates_of_an_image_are_all_different() -> None:
     drawn = GreedyCutout(3, 3, candidates=4)._drawn(50, 9, seeded())
     assert all(len(set(row)) == 4 for row in drawn.tolist())
@@ -301,6 +318,7 @@ def test_the_detector_learns_from_no_view_and_the_attacked_images_are_others(kin
         lambda: GreedyCutout((3, 0)),
         lambda: GreedyCutout(3, 0),
         lambda: GreedyCutout(3, candidates=0),
+        lambda: GreedyCutout(3, pairs=0),
         lambda: PixelParts(()),
         lambda: PixelParts(((0, 2),)),
         lambda: CertifiableViews(noised=-0.1),
