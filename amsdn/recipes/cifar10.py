@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from amsdn.attacks import Attack, EvadeDetector, PatchPGD, SparsePGD
+from amsdn.attacks import EvadeDetector, PatchPGD, SparsePGD
 from amsdn.data.augment import Augment
 from amsdn.evaluation.smoothing_attack import RecheckConfig
 from amsdn.evaluation.smoothing_judges import SmoothingConfig
@@ -28,8 +28,8 @@ def cifar10_cpu() -> Recipe:
     certificate and consistency alike; few gradient steps an attack are what a CPU affords.
     """
     model = AMSDNConfig(num_classes=10, variant="compact", width=32, fpn=False, attention=False, bounded_evidence=True)
-    patch: Attack = PatchPGD(size=5, num_steps=2, alpha=0.5, move="never", stop_when_fooled=False)
-    sparse: Attack = SparsePGD(k=60, num_steps=2, alpha=0.5, stop_when_fooled=False)
+    patch = PatchPGD(size=5, num_steps=2, alpha=0.5, move="never", stop_when_fooled=False)
+    sparse = SparsePGD(k=60, num_steps=2, alpha=0.5, stop_when_fooled=False)
     loop = LoopConfig(epochs=30, batch_size=256, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4, clip_norm=5.0)
     certified = GreedyCutout(5, masks_per_axis=6, pairs=2)
     masks = (certified, certified, GreedyCutout(5, masks_per_axis=3, candidates=1))
