@@ -80,7 +80,7 @@ def consistency_table(found: dict[str, Any]) -> str:
     """The same weights with and without occluded views, on the same images."""
     lines = ["| weights | views | clean | false alarms | patch | patch, right or noticed |", "|" + "---|" * 6]
     for name, rows in _by_arm(found).items():
-        for label, key in (("none", None), (str(found["views"]), "consistent")):
+        for label, key in (("none", None), (str(found["settings"]["views"]), "consistent")):
             seen = rows if key is None else [{**r, "found": r["found"][key]} for r in rows if key in r["found"]]
             if not seen or not any("consistent" in r["found"] for r in rows):
                 continue
@@ -95,3 +95,34 @@ def _by_arm(found: dict[str, Any]) -> dict[str, list[Row]]:
     for row in sorted(found["rows"], key=lambda r: (order.index(r["arm"]), r["seed"])):
         arms.setdefault(row["arm"], []).append(row)
     return arms
+
+
+PAIRS = {
+    "attention, bounded": ("all parts", "no attention"),
+    "bounded evidence": ("all parts", "unbounded"),
+    "purification": ("all parts", "no purification"),
+    "attacks that avoid the detector": ("all parts", "not evading"),
+    "FPN": ("all parts", "no FPN"),
+    "SSRT": ("all parts", "no SSRT"),
+    "SSRT, 2,000 labels": ("few labels", "few labels, no SSRT"),
+    "all of them": ("all parts", "plain"),
+    "all of them, plain as wide as it costs": ("all parts", "plain, wider"),
+}
+
+
+def page(found: dict[str, Any]) -> str:
+    """All three tables with where they come from."""
+    settings, commits = found["settings"], sorted({row["commit"] for row in found["rows"]})
+    machines = ", ".join(sorted({row["hardware"] for row in found["rows"]}))
+    images = f"{settings['samples']} validation images under attack, {found['rows'][0]['found']['clean']['samples']:,} clean"
+    source = f"`benchmarks/ablations.py` at commit {', '.join(commits)}; {machines}; {settings['steps']} training steps of all parts as the budget; {images}."
+    parts = [
+        "**What each part is worth**, in points, at equal cost.",
+        parts_table(found, PAIRS),
+        "**Every arm**, per cent.",
+        arms_table(found),
+        "**Consistency**: the same weights with and without occluded views, per cent.",
+        consistency_table(found),
+        source,
+    ]
+    return "\n\n".join(parts)

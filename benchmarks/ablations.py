@@ -231,10 +231,12 @@ def benchmark(options: argparse.Namespace) -> None:
         print(f"{name}, seed {seed}: {found}", flush=True)
 
 
-def gather(work: Path) -> dict[str, Any]:
-    """All results there are under ``work``."""
-    found = [read_json(p) for p in sorted(work.glob("*/*/result.json"))]
-    return {"rows": found, "costs": read_json(work / "costs.json"), "ssrt_share": SSRT_SHARE, "patch": PATCH, "pixels": PIXELS}
+def gather(options: argparse.Namespace) -> dict[str, Any]:
+    """All results there are under ``options.work``, each with its own provenance."""
+    found = [read_json(p) for p in sorted(options.work.glob("*/*/result.json"))]
+    settings = {name: getattr(options, name) for name in ("steps", "samples", "scale", "views")}
+    settings |= {"ssrt_share": SSRT_SHARE, "patch": PATCH, "pixels": PIXELS, "batch": BATCH}
+    return {"settings": settings, "costs": read_json(options.work / "costs.json"), "rows": found}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -261,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/ablations.json"))
     options = parser.parse_args(arguments)
     benchmark(options)
-    write_json(options.out, gather(options.work))
+    write_json(options.out, gather(options))
     print(options.out)
     return 0
 

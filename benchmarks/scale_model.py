@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 MOST_GPUS = 4096  # how far the search for the saturating point goes
+SHARES = (0.20, 0.10, 0.05)  # of the H200's peak, the range that is reckoned with; docs/training/scale.md says why
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Cluster:
     """Assumptions about the machines: not measured here."""
 
     peak: float = 989e12  # operations a second in bf16, dense: NVIDIA's data sheet of the H200 SXM
-    share: float = 0.30  # of the peak that training reaches; unknown until a GPU is leased: pages show 15, 30 and 45 %
+    share: float = 0.10  # of the peak that training reaches; unknown until it is measured: see SHARES
     gpus_per_host: int = 8
     cores_per_gpu: int = 12  # 96 cores for 8 GPUs
     within: float = 450e9  # bytes a second each way for a GPU inside a host (NVLink 4: 900 GB/s both ways)
@@ -123,6 +124,6 @@ def shared(images: int, chunk: int, gpus: int) -> float:
     return chunks / gpus / math.ceil(chunks / gpus)
 
 
-def at_shares(cluster: Cluster, figure: Callable[[Cluster], float], shares: tuple[float, ...] = (0.45, 0.30, 0.15)) -> list[float]:
+def at_shares(cluster: Cluster, figure: Callable[[Cluster], float], shares: tuple[float, ...] = SHARES) -> list[float]:
     """A figure for each assumed share of the peak, the best first."""
     return [figure(replace(cluster, share=share)) for share in shares]

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from scale_model import (
+    SHARES,
     Cluster,
     Job,
     asked,
@@ -142,6 +143,7 @@ def _by_recipe(made: dict[str, Job], cluster: Cluster) -> list[str]:
         "what then hinders most",
         "cores a GPU to keep up",
     ]
+    shares = ", ".join(f"{100 * share:.0f}" for share in SHARES)
     whole = ", ".join(
         f"{a + b:.1f}"
         for a, b in zip(*(at_shares(cluster, lambda c, k=k: gpu_hours(made[k], c, HOUSE)) for k in ("train", "finetune")), strict=True)
@@ -151,7 +153,7 @@ def _by_recipe(made: dict[str, Job], cluster: Cluster) -> list[str]:
         "",
         *table(head, rows, 1),
         "",
-        f"Modelled, at 45, 30 and 15 % of the peak; the last two columns at 30 %. The recipe's two labelled stages together: {whole} GPU-hours.",
+        f"Modelled, at {shares} % of the peak; the last two columns at {100 * cluster.share:.0f} %. The recipe's two labelled stages together: {whole} GPU-hours.",
     ]
 
 

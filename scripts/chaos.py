@@ -8,7 +8,7 @@ started again by the same words, and all final weights, curves and records are c
 
 Moments are random in time, spread over what a run does: each kill waits for one kind of moment (starting, resuming, a step, the
 writing of a checkpoint, calibrating, saving the model, recording, the way from stage to stage) and strikes after a random delay
-of about as long as that took undisturbed, so that it may also meet what comes next. Most restarts are forked from a process that
+of about as long as that took undisturbed, so that it may also meet what comes next, but at most a step. Most restarts are forked from a process that
 has imported everything, since importing is most of a restart's cost and touches no file; every tenth starts a fresh interpreter.
 """
 
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -141,15 +142,21 @@ class Leg:
 
     def phases(self) -> Iterator[str]:
         """Every phase as it begins; ends with the process."""
-        while chunk := os.read(self.reading, 1 << 16):
-            *lines, self.unread = (self.unread + chunk).split(b"\n")
-            for line in lines:
-                self.last = line.decode()
+        while byte := os.read(self.reading, 1):  # one by one: what is not asked for stays in the pipe
+            self.unread += byte
+            if byte == b"\n":
+                self.last, self.unread = self.unread.decode().strip(), b""
                 yield self.last
 
     def kill(self, delay_s: float) -> bool:
-        """SIGKILL after a delay; whether it was still running then."""
-        time.sleep(delay_s)
+        """SIGKILL after a delay, or sooner if a step begins, so that no kill costs the run more than a step; whether it still ran."""
+        deadline = time.monotonic() + delay_s
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([self.reading], [], [], left)[0]:
+                break
+            told = next(self.phases(), None)
+            if told is None or told.endswith(" step"):
+                break
         os.kill(self.pid, signal.SIGKILL)
         for _ in self.phases():  # what it had told by then
             pass
@@ -170,7 +177,7 @@ def _tell(descriptor: int, phase: str) -> None:
 
 
 def undisturbed(commands: Sequence[Command], log: Path, fresh: bool) -> dict[str, float]:
-    """Run to the end; how long each phase took on average, and with " all" all steps of a stage together."""
+    """Run to the end; how long each phase took on average, and with " all" how many steps a stage had."""
     leg, marks = Leg(commands, log, fresh), []
     for phase in leg.phases():
         marks.append((phase, time.monotonic()))
@@ -181,7 +188,7 @@ def undisturbed(commands: Sequence[Command], log: Path, fresh: bool) -> dict[str
     for (phase, begun), (_, ended) in itertools.pairwise(marks):
         took.setdefault(phase, []).append(ended - begun)
     found = {phase: sum(times) / len(times) for phase, times in took.items()}
-    return found | {f"{s} all": sum(sum(took.get(f"{s} {p}", [])) for p in ("step", "checkpoint", "stepped")) for s in STAGES}
+    return found | {f"{s} all": float(len(took.get(f"{s} step", []))) for s in STAGES}
 
 
 def disturb(
@@ -193,14 +200,13 @@ def disturb(
     for number, moment in enumerate(moments):
         for _ in range(20):
             leg = Leg(commands, log, number % every == 0)
-            phase = _wait(leg, moment)
+            spare = usual[f"{STAGES[moment.stage]} all"] / (steps[moment.stage] + 1)  # steps that a kill may let happen
+            phase = _wait(leg, moment, rng.randint(1, max(1, round(spare))))
             if phase is None:
                 if code := leg.end():
                     raise SystemExit(f"a process failed by itself with exit code {code} before kill {number + 1}; see {log}")
                 raise SystemExit(f"the run ended before kill {number + 1} of {len(moments)}; use more --epochs")
-            at_steps = moment.phase == "step" and phase.endswith(" step")
-            most = usual[f"{STAGES[moment.stage]} all"] / (steps[moment.stage] + 1) if at_steps else 1.5 * usual.get(phase, 0.0)
-            if leg.kill(rng.uniform(0, most)):
+            if leg.kill(rng.uniform(0, 1.5 * usual.get(phase, 0.0))):
                 kills.append(Kill(moment.phase, leg.last.split()[-1], leg.fresh, round(time.monotonic() - leg.began, 2)))
                 print(f"kill {len(kills)} of {len(moments)}: waited for {phase}, met {leg.last}", file=sys.stderr, flush=True)
                 break
@@ -209,15 +215,19 @@ def disturb(
     return kills
 
 
-def _wait(leg: Leg, moment: Moment) -> str | None:
-    """The phase that ``moment`` asks for, or the first step of a later stage, once it begins; None if the process ends before."""
+def _wait(leg: Leg, moment: Moment, count: int) -> str | None:
+    """The phase that ``moment`` asks for (of steps the ``count``-th), or the first step of a later stage; None if the process ends before."""
     for phase in leg.phases():
         stage, _, kind = phase.rpartition(" ")
         if kind == moment.phase == "start":
             return phase
         reached = STAGES.index(stage) if stage else -1
-        if (reached >= moment.stage and kind == moment.phase) or (reached > moment.stage and kind == "step"):
+        if reached > moment.stage and kind == "step":
             return phase
+        if reached >= moment.stage and kind == moment.phase:
+            count -= 1
+            if count <= 0 or kind not in ("step", "checkpoint"):
+                return phase
     return None
 
 

@@ -78,7 +78,10 @@ def test_the_batch_bounds_the_number_of_gpus() -> None:
 def test_what_hinders() -> None:
     assert hindrance(JOB, CLUSTER, 8) == "all-reduce"
     assert hindrance(replace(JOB, kernels=1e6), CLUSTER, 8) == "kernel launches"
-    assert hindrance(JOB, replace(CLUSTER, latency=0.0, within=1e12, between=1e12), 48) in ("arithmetic", "data")  # uneven parts
+    # 48 GPUs get 2 of 64 images where 4/3 would be even: that costs .067 s of arithmetic and .083 s of decoding, unless it is hidden
+    free = replace(CLUSTER, latency=0.0, within=1e12, between=1e12)
+    assert hindrance(JOB, free, 48) == "data"
+    assert hindrance(replace(JOB, overlap=True), free, 48) == "arithmetic"
 
 
 def test_cores_that_keep_up() -> None:
@@ -92,7 +95,7 @@ def test_evaluation_divides_by_chunks() -> None:
 
 
 def test_shares_of_the_peak() -> None:
-    assert at_shares(CLUSTER, lambda c: c.share) == [0.45, 0.30, 0.15]
+    assert at_shares(CLUSTER, lambda c: c.share, (0.4, 0.2)) == [0.4, 0.2]
 
 
 def test_the_tables_hold_what_the_model_gives() -> None:

@@ -101,6 +101,7 @@ def test_an_epoch_shows_every_image_once(on_device: bool) -> None:
     source = batches(data, Augment(flip=True, shift=4), 4, on_device, 0, 0)
     shown = list(islice(source, 3))
     assert sorted(torch.cat([y for _, y in shown]).tolist()) == list(range(12))
+    assert [len(y) for _, y in islice(batches(data, Augment(), 5, on_device, 0, 0), 5)] == [5] * 5  # what is left over is dropped
     for x, y in shown:
         assert torch.equal(255 * x, y.reshape(-1, 1, 1, 1).expand_as(x).float())
 

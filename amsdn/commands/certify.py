@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amsdn.commands.certifying import KINDS, Certifying, Kind, certify
+from amsdn.commands.certifying import Certifying, certify
 from amsdn.commands.common import check_classes, default_model, open_data, open_model, read_json
 from amsdn.commands.measuring import Measured
 from amsdn.commands.options import parse, positive, recipe_help, split_recipe
@@ -20,6 +20,7 @@ from amsdn.evaluation.statistics import share
 from amsdn.evaluation.summary import headline_radii, summarise_certificates
 from amsdn.recipes import Recipe
 from amsdn.recipes.defences import DefenceAttacks, PatchDefence, PixelDefence
+from amsdn.recipes.recipe import METHODS, Method
 from amsdn.records import CertRecord
 from amsdn.utils.helpers import pick_device
 
@@ -31,7 +32,7 @@ class CertifyOptions:
     data: str  # digits, cifar10, folder:DIR or arrays:DIR
     out: Path  # the run folder; that of amsdn evaluate, if one report is to show both
     model: str | None = None  # a model folder, a shipped model's name, or module:function that returns a torch classifier
-    certificates: tuple[Kind, ...] = KINDS  # any of l2, patch, l0
+    certificates: tuple[Method, ...] = METHODS  # any of l2, patch, l0
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
     limit: int | None = None  # use at most this many images of every split
     image_size: int | None = None  # pixels a side; default: the data set's own
@@ -58,7 +59,7 @@ def run(args: Sequence[str]) -> None:
     workers = Workers.of_environment()
     shards = workers.shards(Shard.parse(options.shard))
     if not options.certificates:
-        raise InputError(f"--certificates: name at least one of {', '.join(KINDS)}")
+        raise InputError(f"--certificates: name at least one of {', '.join(METHODS)}")
     device = pick_device(options.device)
     name = options.model or default_model(recipe.name)
     model = open_model(name, device)
@@ -82,6 +83,7 @@ def _defaults(recipe: Recipe) -> CertifyOptions:
     return CertifyOptions(
         data=recipe.data,
         out=root / "evaluation",
+        certificates=recipe.certificates,
         samples=recipe.certified_samples,
         smoothing=recipe.smoothing,
         patch=recipe.patch,

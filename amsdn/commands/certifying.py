@@ -8,7 +8,6 @@ samples, get another folder there; ``crosscheck.json`` names the one that counts
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +28,9 @@ from amsdn.evaluation.smoothing_certifier import SmoothingCertifier
 from amsdn.evaluation.smoothing_judges import SmoothingConfig
 from amsdn.protocols import is_stochastic
 from amsdn.recipes.defences import DefenceAttacks, PatchDefence, PixelDefence
+from amsdn.recipes.recipe import Method
 from amsdn.records import CertRecord, canonical, config_hash
 
-Kind = Literal["l2", "patch", "l0"]
-KINDS: tuple[Kind, ...] = ("l2", "patch", "l0")
 PROBES = 4  # images that the model must answer, in company and alone, before anything is certified
 ROUNDING = 0.02  # of the largest logit: what company may change, a little more than bfloat16 does
 
@@ -49,7 +47,7 @@ class Certifying:
 
 
 def certify(
-    run: Measured, kinds: Sequence[Kind], how: Certifying, samples: int | None, shard: Shard = WHOLE, *, progress: bool = True
+    run: Measured, kinds: Sequence[Method], how: Certifying, samples: int | None, shard: Shard = WHOLE, *, progress: bool = True
 ) -> list[CertRecord]:
     """Certify the first ``samples`` test images (None: all), attack what was certified, and write both.
 
@@ -92,7 +90,7 @@ class _Job:
     attacks: Mapping[str, Attack] = field(default_factory=dict)
 
 
-def _job(kind: Kind, model: nn.Module, how: Certifying) -> _Job:
+def _job(kind: Method, model: nn.Module, how: Certifying) -> _Job:
     if kind == "l2":
         return _Job(SmoothingCertifier(model, how.smoothing), how.smoothing)
     if kind == "patch":
@@ -110,7 +108,7 @@ def _attack_smoothed(run: Measured, rows: Sequence[CertRecord], how: Certifying)
     return [checked(checks, how.smoothing.alpha, how.recheck.alpha)]
 
 
-def _attack_defence(run: Measured, kind: Kind, job: _Job, rows: Sequence[CertRecord], samples: int) -> list[Checked]:
+def _attack_defence(run: Measured, kind: Method, job: _Job, rows: Sequence[CertRecord], samples: int) -> list[Checked]:
     """Attack the certified classifier on the first ``samples`` of the certified images, and compare with its certificates.
 
     The folder of before goes on if neither samples nor attacks have changed; the defence cannot have, its certificates lie beside it.

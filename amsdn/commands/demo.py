@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from amsdn.commands.certifying import KINDS, Certifying, certify
+from amsdn.commands.certifying import Certifying, certify
 from amsdn.commands.common import open_data
 from amsdn.commands.measuring import Measured, fitting, measure
 from amsdn.commands.options import parse
@@ -61,7 +61,7 @@ def run(args: Sequence[str]) -> None:
         measured = Measured(load_model(folder, device), str(folder), dataset, options.out / name, device)
         measure(measured, fitting(recipe.attacks, measured.model), recipe.evaluate, recipe.samples, recipe.headline)
         _step(f"certify {name}")
-        certify(measured, KINDS, how, recipe.certified_samples)
+        certify(measured, recipe.certificates, how, recipe.certified_samples)
     runs = {name: options.out / name for name in (DEFENDED, CONTROL)}
     page = build_report(runs, options.out, title=f"AMSDN on {dataset.name}")
     print(f"\n{terminal_table(runs)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from amsdn.attacks import Attack
 from amsdn.errors import InputError
@@ -14,6 +15,9 @@ from amsdn.training.adversarial_train import AdversarialTrainConfig
 from amsdn.training.finetune_attacks import FinetuneConfig
 from amsdn.training.loop import LoopConfig
 from amsdn.training.pretrain_ssrt import PretrainConfig
+
+Method = Literal["l2", "patch", "l0"]
+METHODS: tuple[Method, ...] = ("l2", "patch", "l0")  # of certifying: smoothing, double masking, votes over pixels
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Recipe:
     headline: Mapping[str, float]  # family -> the budget that the headline table states
     samples: int | None = None  # test images attacked; None: all
     certified_samples: int = 100
-    certificates: tuple[str, ...] = ("l2", "patch", "l0")  # those that training prepares the model for
+    certificates: tuple[Method, ...] = METHODS  # those that training prepares the model for
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     smoothing: SmoothingConfig = field(default_factory=SmoothingConfig)
     recheck: RecheckConfig = field(default_factory=RecheckConfig)  # attacks on what smoothing certified
