@@ -18,7 +18,7 @@ from amsdn.models.backbone.convnext_fpn import SMALL, FeaturePyramid, build_back
 from amsdn.models.consistency import consistent_prediction
 from amsdn.models.detection import DetectionHead, conformal_threshold
 from amsdn.models.double_masking import ChallengerMasking
-from amsdn.models.layout import space_mean
+from amsdn.models.layout import space_mean, weighted_space_mean
 from amsdn.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from amsdn.models.purification.selective_purifier import SelectivePurifier
 
@@ -55,7 +55,7 @@ class Stages(NamedTuple):
     embedding: Tensor  # [B,4C], what the classifier sees
     logits: Tensor  # [B,K] of the image itself, without consistency
     spatial_attention: list[Tensor]  # [B,1,h,w] in (0,2)
-    pyramid_attention: list[Tensor]  # [B,4,h,w], summing to 1 over the levels
+    pyramid_attention: Tensor | None  # [B,4,h,w] on the second level's grid, summing to 1 over the levels
     level_anomaly_logits: list[Tensor]  # [B,1,h,w]
     gates: list[Tensor]  # [B,1,h,w] in {0,1}
 
@@ -85,7 +85,7 @@ class AMSDNAnalysis:
     anomaly_map: Tensor  # [B,1,H,W] in [0,1]; zeros without purification
     agreement: Tensor | None  # [B] in [0,1]; None without consistency
     spatial_attention: list[Tensor]
-    pyramid_attention: list[Tensor]
+    pyramid_attention: Tensor | None  # None without attention
     level_anomaly_logits: list[Tensor]
     features: list[Tensor]
     raw_features: list[Tensor]
@@ -242,29 +242,29 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
     def _stages(self, x: Tensor, straight_through: bool) -> Stages:
         _check_shape(x, self.backbone.strides[-1])
         raw = self.pyramid(self.backbone(self.normalize(x)))
-        spatial, scales, anomaly_logits, gates = [], [], [], []
-        if self.attention is not None:
-            raw, spatial, scales = self.attention(raw)
-        features = raw
+        maps = None if self.attention is None else self.attention(raw)
+        features, anomaly_logits, gates = raw, [], []
         if self.purifier is not None:
             features, anomaly_logits, gates = self.purifier(raw, straight_through=straight_through)
-        embedding = self.norm(torch.cat(self._pooled(features, spatial), dim=1))
+        pooled = torch.cat(self._pooled(features, None if maps is None else maps.weights), dim=1)
+        embedding = self.norm(pooled if self.attention is None else self.attention.select(pooled))
         logits = self.classifier(embedding).float()
-        return Stages(raw, features, embedding, logits, spatial, scales, anomaly_logits, gates)
+        spatial, pyramid = ([], None) if maps is None else (maps.spatial, maps.pyramid)
+        return Stages(raw, features, embedding, logits, spatial, pyramid, anomaly_logits, gates)
 
-    def _pooled(self, features: list[Tensor], spatial: list[Tensor]) -> list[Tensor]:
-        """What each level says on average over locations, [B,C] a level.
+    def _pooled(self, features: list[Tensor], weights: list[Tensor] | None) -> list[Tensor]:
+        """What each level says on average over locations, [B,C] a level; each location counts as attention's ``weights`` [B,1,h,w] say.
 
-        With ``bounded_evidence`` every location's features are brought to unit RMS first, and count as much as spatial attention,
-        in (0,2), says. Plain means let a few locations of great length outvote all others, and a patch makes such locations;
-        clipping their norms was proposed against universal patches (Yu et al., ICCV 2021). Here no location is louder.
+        With ``bounded_evidence`` every location's features are brought to unit RMS first. Plain means let a few locations of great
+        length outvote all others, and a patch makes such locations; clipping their norms was proposed against universal patches
+        (Yu et al., ICCV 2021). Here no location is louder than attention allows.
         """
-        if not self.config.bounded_evidence:
+        if self.config.bounded_evidence:
+            units = [f.float().square().mean(1, keepdim=True).add(EVIDENCE_EPS).rsqrt() for f in features]
+            weights = units if weights is None else [w * unit for w, unit in zip(weights, units, strict=True)]
+        if weights is None:
             return [space_mean(f) for f in features]
-        heard = [f * f.float().square().mean(1, keepdim=True).add(EVIDENCE_EPS).rsqrt().to(f.dtype) for f in features]
-        if spatial:
-            heard = [f * gate.to(f.dtype) for f, gate in zip(heard, spatial, strict=True)]
-        return [space_mean(f) for f in heard]
+        return [weighted_space_mean(f, w) for f, w in zip(features, weights, strict=True)]
 
     def _detect(self, stages: Stages, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The anomaly logit [B] and the map's logits [B,1,H,W] of images x."""

@@ -51,6 +51,7 @@ def consistent_prediction(logits: Tensor, x: Tensor, classify: Callable[[Tensor]
     for mask in occlusion_masks(samples, x.shape[2], x.shape[3], x.device):
         probabilities.append(classify(torch.where(mask, fill, x)).float().softmax(1))
     mean = torch.stack(probabilities).mean(0)
-    answer = mean.argmax(1, keepdim=True)
+    answers = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+    answer = answers.argmax(1, keepdim=True)  # as a reader will find it: two means may share one logarithm, and a tie must not hide a class
     agreement = torch.stack([p.gather(1, answer).squeeze(1) for p in probabilities[1:]]).amin(0)
-    return Consistency(mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), agreement)
+    return Consistency(answers, agreement)

@@ -103,7 +103,7 @@ def test_each_stage_can_be_switched_off(stage: str) -> None:
     a = ablated.analyze(x)
     assert torch.equal(a.logits, ablated(x))
     ablated.trace(x).logits.sum().backward()
-    assert (a.pyramid_attention == []) is (stage == "attention")
+    assert (a.pyramid_attention is None) is (stage == "attention")
     assert (a.anomaly_logit is None) is (stage == "purification")
 
 
@@ -210,3 +210,21 @@ def test_each_component_prints_its_shapes_without_a_warning(module: str, capsys:
     assert "[1, " in out
     assert "parameters" in out
     assert "total" in out
+
+
+def test_with_bounded_evidence_no_location_is_louder_than_another() -> None:
+    gen = torch.Generator().manual_seed(0)
+    levels = [torch.randn(2, 8, side, side, generator=gen) for side in (8, 4, 2, 1)]
+    loud = [f.clone() for f in levels]
+    for f in loud:
+        f[:, :, 0, 0] *= 1000.0
+    bounded = AMSDN.from_config(replace(TINY, bounded_evidence=True)).eval()
+    plain = AMSDN.from_config(replace(TINY, attention=False)).eval()
+    for weights in (None, [2 * torch.ones_like(f[:, :1]) for f in levels]):
+        pairs = zip(bounded._pooled(levels, weights), bounded._pooled(loud, weights), levels, strict=True)
+        for before, after, level in pairs:
+            torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)
+            assert (before.norm(dim=1) <= (1 if weights is None else 2) * level.shape[1] ** 0.5 + 1e-4).all()
+    for pooled, shouted, level in zip(plain._pooled(levels, None), plain._pooled(loud, None), levels, strict=True):
+        torch.testing.assert_close(pooled, level.mean((2, 3)))
+        assert (shouted - pooled).norm() > 10

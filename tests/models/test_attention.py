@@ -1,12 +1,13 @@
-"""Attention starts as the identity, mixes with true softmax weights, and lets gradients through from the first step."""
+"""Attention starts as the identity, its shares are true softmax weights, and gradients pass from the first step."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from amsdn.models.attention.adaptive_attention import AdaptiveAttention, ChannelAttention, PyramidAttention, SpatialAttention, resize
-from amsdn.models.layout import channel_max, channel_mean, space_mean
+from amsdn.models.layout import space_mean, weighted_space_mean
 
 
 def pyramid(batch: int, channels: int, finest: int, seed: int = 0) -> list[Tensor]:
@@ -24,61 +25,59 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
 @settings(max_examples=12, deadline=None)
 @given(channels=st.sampled_from([8, 24, 64]), finest=st.sampled_from([8, 16, 32, 56]), batch=st.integers(1, 2))
 def test_attention_starts_as_the_identity_at_every_shape(channels: int, finest: int, batch: int) -> None:
-    levels = pyramid(batch, channels, finest)
-    out = AdaptiveAttention(channels)(levels)
-    for before, after, gate, weights in zip(levels, out.levels, out.spatial, out.pyramid, strict=True):
-        assert torch.equal(before, after)
-        assert torch.equal(gate, torch.ones(batch, 1, *before.shape[2:]))
-        assert weights.shape == (batch, 4, *before.shape[2:])
+    levels, module = pyramid(batch, channels, finest), AdaptiveAttention(channels)
+    out = module(levels)
+    for level, weight, gate in zip(levels, out.weights, out.spatial, strict=True):
+        assert torch.equal(weight, torch.ones(batch, 1, *level.shape[2:]))
+        assert torch.equal(gate, weight)
+    assert out.pyramid.shape == (batch, 4, finest // 2, finest // 2)
+    pooled = torch.rand(batch, 4 * channels)
+    assert torch.equal(module.select(pooled), pooled)
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_pyramid_weights_are_a_distribution_over_levels_at_every_location(seed: int) -> None:
-    module = PyramidAttention(8)
+def test_weights_are_spatial_gates_times_shares_that_sum_to_the_number_of_levels(seed: int) -> None:
+    module, levels = AdaptiveAttention(8), pyramid(2, 8, 16, seed)
     randomise(module, seed)
-    levels = pyramid(2, 8, 16, seed)
-    mixed, weights = module(levels)
-    for level, weight in zip(mixed, weights, strict=True):
-        assert (weight >= 0).all()
-        torch.testing.assert_close(weight.sum(1), torch.ones_like(weight[:, 0]))
-        assert level.isfinite().all()
-
-
-def test_a_score_that_favours_one_level_carries_that_levels_value() -> None:
-    module = PyramidAttention(8, reduction=1)
-    levels = [torch.full((1, 8, s, s), float(k)) for k, s in enumerate((8, 4, 2, 1), start=1)]
-    with torch.no_grad():
-        for k, source in enumerate(module.sources):
-            source.weight.zero_()
-            source.bias.zero_()
-            source.weight[:8, :, 0, 0] = torch.eye(8)  # the value carried is the feature itself
-            source.bias[8:] = 50.0 if k == 2 else 0.0  # every target prefers the third level
-        for out in module.outs:
-            out.weight[:, :, 0, 0] = torch.eye(8)
-    mixed, _ = module(levels)
-    for before, after in zip(levels, mixed, strict=True):
-        torch.testing.assert_close(after, before + 3.0)
-
-
-def test_gates_stay_between_zero_and_two() -> None:
-    f = pyramid(2, 16, 16)[0]
-    for module, shape in ((SpatialAttention(), (2, 1, 16, 16)), (ChannelAttention(16), (2, 16, 1, 1))):
-        randomise(module)
-        gate = module(f)
-        assert gate.shape == shape
+    out = module(levels)
+    assert (out.pyramid >= 0).all()
+    torch.testing.assert_close(out.pyramid.sum(1), torch.ones(2, 8, 8))
+    for k, (level, weight, gate) in enumerate(zip(levels, out.weights, out.spatial, strict=True)):
+        share = resize(out.pyramid[:, k : k + 1], (level.shape[2], level.shape[3]))
+        torch.testing.assert_close(weight, gate * 4 * share)
         assert ((gate >= 0) & (gate <= 2)).all()
         assert gate.unique().numel() > 1
 
 
+def test_shares_compare_the_levels_at_each_place_on_the_second_levels_grid() -> None:
+    scores = [torch.zeros(1, 1, s, s) for s in (4, 2, 1)]
+    scores[0][0, 0, 0, 0] = 4.0  # its mean over the 2x2 cells that share a place is 1
+    scores[2] += 0.5
+    shares = PyramidAttention()(scores)
+    corner = torch.tensor([1.0, 0.0, 0.5]).softmax(0)
+    elsewhere = torch.tensor([0.0, 0.0, 0.5]).softmax(0)
+    torch.testing.assert_close(shares[0, :, 0, 0], corner)
+    torch.testing.assert_close(shares[0, :, 1, 1], elsewhere)
+    assert PyramidAttention()([torch.zeros(1, 1, 4, 4)]).shape == (1, 1, 4, 4)
+
+
+def test_channel_gates_stay_between_zero_and_two() -> None:
+    module, pooled = ChannelAttention(16), torch.rand(5, 16) + 0.1
+    randomise(module)
+    gate = module(pooled) / pooled
+    assert ((gate >= 0) & (gate <= 2)).all()
+    assert gate.unique().numel() > 1
+    torch.testing.assert_close(SpatialAttention()(torch.tensor([-50.0, 0.0, 50.0])), torch.tensor([0.0, 1.0, 2.0]))
+
+
 def test_gradients_reach_the_zero_started_layers() -> None:
-    module = AdaptiveAttention(8)
-    levels = pyramid(2, 8, 8)
-    sum(((f - 1) ** 2).sum() for f in module(levels).levels).backward()  # type: ignore[union-attr]
-    for attention in (*module.where, *module.what):
-        last = attention.score if isinstance(attention, SpatialAttention) else attention.excite
-        assert last.weight.grad.abs().sum() > 0
-    assert all(out.weight.grad.abs().sum() > 0 for out in module.scale.outs)
+    module, levels = AdaptiveAttention(8), pyramid(2, 8, 8)
+    out = module(levels)
+    pooled = torch.cat([weighted_space_mean(f, w) for f, w in zip(levels, out.weights, strict=True)], 1)
+    ((module.select(pooled) - 1) ** 2).sum().backward()
+    assert all(score.weight.grad[k].abs().sum() > 0 for score in module.scores for k in (0, 1))
+    assert module.select.excite.weight.grad.abs().sum() > 0
 
 
 def test_resize_means_when_shrinking_and_repeats_when_growing() -> None:
@@ -88,13 +87,14 @@ def test_resize_means_when_shrinking_and_repeats_when_growing() -> None:
     assert resize(f, (4, 4)) is f
 
 
-def test_reductions_equal_their_plain_forms_with_gradients() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_reductions_equal_their_plain_forms_with_gradients(layout: torch.memory_format) -> None:
+    weight = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     for ours, plain in (
         (space_mean, lambda f: f.mean((2, 3))),
-        (channel_mean, lambda f: f.mean(1, keepdim=True)),
-        (channel_max, lambda f: f.amax(1, keepdim=True)),
+        (lambda f: weighted_space_mean(f, weight), lambda f: (f * weight).mean((2, 3))),
     ):
-        a, b = (pyramid(2, 8, 8)[0].requires_grad_() for _ in range(2))
+        a, b = (pyramid(2, 8, 8)[0].contiguous(memory_format=layout).requires_grad_() for _ in range(2))
         left, right = ours(a), plain(b)
         torch.testing.assert_close(left, right)
         (left**2).sum().backward()

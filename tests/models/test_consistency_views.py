@@ -34,6 +34,19 @@ def test_probabilities_are_averaged_and_agreement_is_that_of_the_least_convinced
         assert torch.equal(view, torch.where(mask, fill, x))
 
 
+def test_agreement_is_that_of_the_class_the_logits_give_also_where_means_tie() -> None:
+    """Means one rounding apart may have the same logarithm: agreement must not speak of another class than the answer."""
+    gen = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 4000, 3, generator=gen)
+    swapped = torch.tensor([1, 0, 2])  # the means of classes 0 and 1 are equal but for rounding
+    views = [first, first[:, swapped], second, second[:, swapped]]
+    turn = iter(views)
+    whole = torch.tensor([0.3, 0.3, -1.0]).expand(4000, 3)
+    out = consistent_prediction(whole, torch.rand(4000, 3, 8, 8, generator=gen), lambda _: next(turn), 4, torch.zeros(1, 3, 1, 1))
+    answer = out.logits.argmax(1, keepdim=True)
+    assert torch.equal(out.agreement, torch.stack([v.softmax(1).gather(1, answer).squeeze(1) for v in views]).amin(0))
+
+
 def test_no_patch_leads_past_the_alarm_where_every_masked_view_is_sure_enough() -> None:
     """The theorem, against every patch that a tiny classifier can see: one whose logits are sums over pixels."""
     gen = torch.Generator().manual_seed(0)
