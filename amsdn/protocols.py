@@ -20,6 +20,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from amsdn.checks import insist
 from amsdn.errors import InputError
 
 GREY = (0.5, 0.5, 0.5)
@@ -101,7 +102,10 @@ def detector_of(model: object) -> Detector | None:
 
 
 def threshold_of(model: object) -> Tensor | None:
-    """The declared detection threshold, a tensor of no dimensions; None without one. Raises InputError for anything else than a number."""
+    """The declared detection threshold, a tensor of no dimensions; None without one. Raises InputError for anything else than a number.
+
+    Where checks are put off (``amsdn.checks``), it is later that it raises for a number that is not finite.
+    """
     declared = getattr(model, "detection_threshold", None)
     if declared is None:
         return None
@@ -109,8 +113,8 @@ def threshold_of(model: object) -> Tensor | None:
         threshold = torch.as_tensor(declared, dtype=torch.float32).detach().reshape(())
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"detection_threshold must be one number, the anomaly score of the alarm; got {declared!r}") from e
-    if not bool(threshold.isfinite()):
-        raise InputError(f"detection_threshold must be a finite number, got {float(threshold)}; calibrate the detector")
+    seen = threshold.clone()  # a model's own buffer may be another number when the check is made
+    insist(seen.isfinite(), lambda: InputError(f"detection_threshold must be a finite number, got {float(seen)}; calibrate the detector"))
     return threshold
 
 
@@ -118,15 +122,19 @@ def mask_fill_of(model: nn.Module) -> Tensor:
     """The colour of covered pixels, float32 [1,3,1,1] on the model's device: its ``mask_fill``, grey .5 where it declares none.
 
     Training and certificates must cover with the same colour, so both ask here. Raises InputError for anything else than
-    three numbers in [0,1].
+    three numbers in [0,1]; for numbers outside of it later, where checks are put off (``amsdn.checks``). Nobody waits for the
+    device where the model declares a tensor that is there, or declares nothing.
     """
-    declared = getattr(model, "mask_fill", GREY)
+    device = device_of(model)
+    if not hasattr(model, "mask_fill"):
+        return torch.full((1, 3, 1, 1), GREY[0], device=device)
+    declared = model.mask_fill
     try:
-        fill = torch.as_tensor(declared, dtype=torch.float32, device=device_of(model)).detach().reshape(1, 3, 1, 1)
+        fill = torch.as_tensor(declared, dtype=torch.float32, device=device).detach().reshape(1, 3, 1, 1)
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"mask_fill must be a colour, three numbers in [0,1]; got {declared!r}") from e
-    if not bool(((fill >= 0) & (fill <= 1)).all()):
-        raise InputError(f"mask_fill must be a colour in [0,1], got {fill.flatten().tolist()}")
+    seen = fill.clone()
+    insist(((seen >= 0) & (seen <= 1)).all(), lambda: InputError(f"mask_fill must be a colour in [0,1], got {seen.flatten().tolist()}"))
     return fill
 
 

@@ -1,7 +1,7 @@
 """What training on many GPUs would cost, and where more of them stop helping: arithmetic on measured inputs, no torch.
 
-The step of n GPUs takes what its slowest part takes, part after part as our loop is built (``overlap=False``), or with the images of
-the next step decoded meanwhile (``overlap=True``, which the loop does not do):
+The step of n GPUs is the sum of its parts, but that the images of the next step are decoded while the GPUs compute, as our loop does
+(``amsdn.training.ahead``); with ``overlap=False`` each step waits for its own images:
 
     compute     max(images a GPU x forwards an image x operations a forward / (peak x share of it), kernels x launch time)
     data        images a GPU / (cores it has, or the reader's threads if fewer, x images a core decodes a second)
@@ -46,7 +46,7 @@ class Job:
     batch: int = 1024  # images of a step, over all GPUs
     images: int = 1_281_167  # ImageNet-1k's training set
     epochs: float = 5
-    overlap: bool = False  # decode the next step's images while the GPUs compute
+    overlap: bool = True  # the next step's images are decoded while the GPUs compute
     readers: int = 8  # threads that our folder reader decodes with in each process, at most (amsdn.data.folder.WORKERS)
 
 

@@ -78,15 +78,15 @@ def _by_gpus(job: Job, cluster: Cluster) -> list[str]:
     rows = []
     for gpus in GPUS:
         p = parts(job, cluster, gpus)
-        overlapped = replace(job, overlap=True)
+        waiting = replace(job, overlap=False)
         rows.append(
             [
                 gpus,
                 job.batch // gpus,
                 *(f"{1e3 * p[part]:.1f}" for part in ("arithmetic", "kernel launches", "data", "all-reduce")),
                 f"{1e3 * step_seconds(job, cluster, gpus):.1f}",
+                f"{1e3 * step_seconds(waiting, cluster, gpus):.1f}",
                 f"{100 * scaling(job, cluster, gpus):.0f}",
-                f"{100 * scaling(overlapped, cluster, gpus):.0f}",
                 f"{gpu_hours(job, cluster, gpus):.1f}",
                 f"{wall_hours(job, cluster, gpus):.2f}",
             ]
@@ -99,8 +99,8 @@ def _by_gpus(job: Job, cluster: Cluster) -> list[str]:
         "data",
         "all-reduce",
         "step",
+        "not reading ahead",
         "scaling, %",
-        "with overlap, %",
         "GPU-hours",
         "hours",
     ]
@@ -110,16 +110,16 @@ def _by_gpus(job: Job, cluster: Cluster) -> list[str]:
         *table(head, rows, 0),
         "",
         f"Modelled: {job.batch:,} images a step, {job.epochs:g} epochs of {job.images:,} images, {100 * cluster.share:.0f} % of the peak. Scaling: what is "
-        "left of n times the speed of one GPU. With overlap: if the next step's images were decoded while the GPUs compute.",
+        "left of n times the speed of one GPU. Not reading ahead: if a step waited for its images to be decoded.",
     ]
 
 
 def _by_recipe(made: dict[str, Job], cluster: Cluster) -> list[str]:
     rows = []
     for job in made.values():
-        ahead = replace(job, overlap=True)
+        waiting = replace(job, overlap=False)
         large = replace(job, batch=LARGE)
-        for name, one in ((job.name, job), ("- decoding ahead", ahead), (f"- {LARGE:,} images a step", large)):
+        for name, one in ((job.name, job), ("- not reading ahead", waiting), (f"- {LARGE:,} images a step", large)):
             hours = at_shares(cluster, lambda c, one=one: gpu_hours(one, c, HOUSE))  # type: ignore[misc]
             points = at_shares(cluster, lambda c, one=one: saturation(one, c))  # type: ignore[misc]
             most = saturation(one, cluster)

@@ -4,8 +4,8 @@
     python benchmarks/training.py --quick        # everything once, tiny: does it run on this machine?
 
 Rounds go through all measurements one after another until the minutes are over (always at least one), so that what else happens on
-the machine falls on all of them; the medians and the extremes over rounds are kept. The share of the peak is that of the
-largest square matrix products in the same run and precision. On a CPU with one thread and no workers the seconds are the process's own.
+the machine falls on all of them; the medians and the extremes over rounds are kept. The share of the peak is that of the fastest
+matrix product or dense convolution in the same run and precision. On a CPU with one thread and no workers the seconds are the process's own.
 ``scripts/benchmark_tables.py write`` draws docs/training/cost.md from the file.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from training_agreement import agreement
-from training_machine import matmul_peak, random_images, spread
+from training_machine import convolution_peak, matmul_peak, random_images, spread
 from training_passes import pass_flops, passes
 from training_plain import PLAIN, SideBySide, installed, ratios
 from training_steps import COUNTED, Steps, Way, images_per_second, kinds, models, step_flops
@@ -181,7 +181,7 @@ def rounds(bench: Bench, side: SideBySide | None, options: argparse.Namespace, d
     for seed in itertools.count():
         begun = time.monotonic()
         for name, dtype in PRECISIONS.items():
-            peaks[name].append(matmul_peak(bench.split.device, dtype))
+            peaks[name] += [peak(bench.split.device, dtype) for peak in (matmul_peak, convolution_peak)]
         for what in bench.measurements():
             speeds[what.key].append(bench.measure(what, seed))
         if side is not None:
@@ -243,8 +243,8 @@ def measure_passes(bench: Bench, options: argparse.Namespace) -> list[dict[str, 
 def measure_agreement(bench: Bench, quick: bool) -> dict[str, Any]:
     """On digits, with a network thin enough for many steps: real images that every machine has."""
     data = load_dataset("digits").to(bench.split.device)
-    model = AMSDNConfig(variant="compact", width=4 if quick else 8, fpn=False, attention=False, purification=False)
-    return agreement(bench.recipe, model, data, seeds=1 if quick else 3, steps=2 if quick else 25, batch=32)
+    model = AMSDNConfig(variant="compact", width=4, fpn=False, attention=False, purification=False)
+    return agreement(bench.recipe, model, data, seeds=1 if quick else 3, steps=2 if quick else 100, batch=32)
 
 
 def _gflop(bench: Bench, model: str, kind: str) -> float:

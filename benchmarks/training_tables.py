@@ -58,7 +58,7 @@ def _steps(found: dict[str, Any]) -> list[str]:
         "",
         *table(["model", "step", "computed in", "images a second", "GFLOP an image", "% of the peak"], rows, 3),
         "",
-        f"Batches of {settings['batch']} images of 32 px, flagship: those of `{settings['recipe']}`. Largest matrix products in the same run: {peaks}.",
+        f"Batches of {settings['batch']} images of 32 px, flagship: those of `{settings['recipe']}`. Peaks (the fastest matrix product or dense convolution of the same run): {peaks}.",
     ]
 
 

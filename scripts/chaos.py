@@ -69,7 +69,9 @@ def plan(kills: int, rng: random.Random) -> list[Moment]:
         late = mine // 3
         early = [Moment(stage, EARLY[i % len(EARLY)]) for i in range(mine - late)]
         rng.shuffle(early)
-        moments += early + [Moment(stage, LATE[i % len(LATE)]) for i in range(late)]
+        # Nothing follows the last stage: its process has ended before "done" can be answered.
+        ends = [phase for phase in LATE if phase != "done" or stage < len(STAGES) - 1]
+        moments += early + [Moment(stage, ends[i % len(ends)]) for i in range(late)]
     return moments
 
 
@@ -296,6 +298,8 @@ def main(words: Sequence[str]) -> int:
     torch.set_num_threads(1)
     work = asked.work or Path(tempfile.mkdtemp(prefix="chaos_"))
     work.mkdir(parents=True, exist_ok=True)
+    if any(work.iterdir()):
+        raise SystemExit(f"{work}: not empty; another run would be mixed with this one")
     rng = random.Random(asked.seed)
     result = chaos(lambda out: digits_commands(out, asked.epochs), work, plan(asked.kills, rng), rng)
     origin = provenance(torch.device("cpu"), seed=asked.seed) | {"command": " ".join(["python", "scripts/chaos.py", *words])}

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "amsdn"
-LEAVES = {"errors", "protocols", "threats", "records"}
+LEAVES = {"errors", "checks", "protocols", "threats", "records"}
 ALLOWED = {
-    **{leaf: {"errors"} for leaf in LEAVES},
+    **{leaf: {"errors", "checks"} for leaf in LEAVES},
     "utils": LEAVES,
     "data": LEAVES | {"utils"},
     "models": LEAVES | {"utils"},

@@ -22,7 +22,7 @@ from scale_model import (
 from scale_tables import scale_table
 
 CLUSTER = Cluster(peak=1000.0, share=0.5, gpus_per_host=4, cores_per_gpu=2, within=100.0, between=10.0, latency=0.5, launch=0.01)
-JOB = Job(name="toy", forward=5.0, f=10.0, kernels=10, parameters=25, decode=4.0, batch=64, images=640, epochs=3, readers=8)
+JOB = Job(name="toy", forward=5.0, f=10.0, kernels=10, parameters=25, decode=4.0, batch=64, images=640, epochs=3, overlap=False, readers=8)
 
 
 def test_the_parts_of_a_step() -> None:

@@ -1,5 +1,6 @@
 """The benchmark of training: what it counts, on steps small enough to count by hand; that both loops do the same work; its tables."""
 
+from collections.abc import Callable
 from itertools import islice
 
 import pytest
@@ -53,6 +54,29 @@ def test_a_product_counts_its_terms_and_views_are_no_operators() -> None:
     a, b = torch.rand(3, 4), torch.rand(5, 4)
     assert count_flops(lambda: a @ b.T) == 2 * 3 * 4 * 5
     assert count_operators(lambda: a @ b.T) == 1
+
+
+@pytest.mark.parametrize("peak", [training_machine.matmul_peak, training_machine.convolution_peak])
+def test_a_peak_is_the_counted_operations_over_the_least_seconds(
+    peak: Callable[[torch.device, torch.dtype], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def fastest(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+        counts.append(count_flops(work))
+        return 4.0
+
+    monkeypatch.setattr(training_machine, "_fastest", fastest)
+    monkeypatch.setitem(training_machine.SIDES, "cpu", (4, 16, 8))
+    assert peak(torch.device("cpu"), torch.float32) == max(counts) / 4
+
+
+def test_the_fastest_call_is_told_without_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([100.0, 107.0, 110.0, 115.0])
+    monkeypatch.setattr(Marks, "mark", lambda marks: marks._marks.append(next(moments)))
+    calls: list[int] = []
+    assert training_machine._fastest(lambda: calls.append(1), torch.device("cpu"), 3) == 3
+    assert len(calls) == 4
 
 
 def test_a_clean_step_costs_three_forwards_and_a_pgd_step_23() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from amsdn.attacks.adaptive import Forward, bpda, expected_logits, frozen, reproducible, vote_logits
 from amsdn.attacks.losses import MARGIN, Goal, Loss, margin, predicted
+from amsdn.checks import insist
 from amsdn.errors import InputError, ThreatViolation
 from amsdn.protocols import Classifier, check_eval_mode, check_images, is_stochastic, surrogate_of
 from amsdn.threats import ThreatModel
@@ -271,7 +272,9 @@ class Attack(ABC):
     def craft(self, model: Classifier, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Attacked images for training: perturbed and checked for membership, not rescored, no input checks.
 
-        The caller puts the model into eval mode. Parameters keep their gradients and whether they want any.
+        The caller puts the model into eval mode. Parameters keep their gradients and whether they want any. Raises
+        ThreatViolation as a call does; where checks are put off (``amsdn.checks``), when they are looked at. Without a
+        target nothing here waits for the device.
         """
         _check_budget(self.threat.budget, x, type(self).__name__)
         x, y, generator = x.detach().float(), y.long(), on_device(generator, x)
@@ -351,17 +354,24 @@ class Attack(ABC):
     def _run(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         with frozen(*victim.modules):
             x_adv = self.perturb(victim, x, goal, generator).detach()
-        threat = self.threat_on(victim)
-        inside = threat.contains(x_adv, x)
-        if not bool(inside.all()):
-            first = int((~inside).int().argmax())
-            spent = float(threat.spent(x_adv, x)[first])
-            low, high = (float(v) for v in torch.aminmax(x_adv[first]))
-            raise ThreatViolation(
-                f"{type(self).__name__}: sample {int(victim.rows[first])} of the batch is outside {threat.describe()}: "
-                f"it spends {spent:g}, pixels in [{low:g}, {high:g}]; this is a bug in the attack"
-            )
+        self._check_membership(victim, x_adv, x)
         return x_adv
+
+    def _check_membership(self, victim: Victim, x_adv: Tensor, x: Tensor) -> None:
+        """Raise ThreatViolation, now or later, unless all images are members of the threat. Keeps a few numbers an image until then."""
+        threat = self.threat_on(victim)
+        inside, spent, (low, high) = threat.contains(x_adv, x), threat.spent(x_adv, x), torch.aminmax(x_adv.flatten(1), dim=1)
+
+        rows = victim.rows
+
+        def violation() -> ThreatViolation:
+            first = inside.tolist().index(False)
+            return ThreatViolation(
+                f"{type(self).__name__}: sample {int(rows[first])} of the batch is outside {threat.describe()}: it spends "
+                f"{float(spent[first]):g}, pixels in [{float(low[first]):g}, {float(high[first]):g}]; this is a bug in the attack"
+            )
+
+        insist(inside.all(), violation)
 
 
 def require(condition: bool, attack: object, what: str, value: object) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from amsdn.attacks.base import Attack, Victim, require
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal, Loss
-from amsdn.threats import L1Ball, L2Ball, LinfBall, NormBall
+from amsdn.threats import L1Ball, L2Ball, LinfBall, NormBall, budget_on
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FGSM(Attack):
 
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         gradient, _, _ = victim.gradient(x, lambda logits: self.loss(logits, goal))
-        budget = torch.as_tensor(self.threat_on(victim).budget, device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        budget = budget_on(self.threat_on(victim).budget, x.device).to(x.dtype).reshape(-1, 1, 1, 1)
         return self.threat_on(victim).project(x + budget * gradient.sign(), x)
 
 
@@ -58,7 +58,7 @@ class NFGSM(Attack):
         return LinfBall(self.epsilon if self.projected else (self.k + self.step) * self.epsilon)
 
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
-        epsilon = torch.as_tensor(LinfBall(self.epsilon).select(victim.rows).budget, device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        epsilon = budget_on(LinfBall(self.epsilon).select(victim.rows).budget, x.device).to(x.dtype).reshape(-1, 1, 1, 1)
         noise = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
         noisy = (x + self.k * epsilon * noise).clamp(0, 1)
         gradient, _, _ = victim.gradient(noisy, lambda logits: self.loss(logits, goal))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from amsdn.attacks.base import Attack, Victim, require, require_at_least_one, require_bounded
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal, Loss
-from amsdn.threats import SparsePixels, unit_length
+from amsdn.threats import SparsePixels, budget_on, unit_length
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class SparsePGD(Attack):
 
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         active = self.active(victim, x, goal)
-        k = torch.as_tensor(self.threat_on(victim).budget, device=x.device).expand(len(x))
-        top = min(int(torch.as_tensor(self.k).max()), x[0, 0].numel())
+        k = budget_on(self.threat_on(victim).budget, x.device).expand(len(x))
+        top = min(int(self.k.max() if isinstance(self.k, Tensor) else self.k), x[0, 0].numel())
         p = _confine(2 * torch.rand(x.shape, generator=generator, device=x.device) - 1, x)
         u = torch.randn(len(x), x[0, 0].numel(), generator=generator, device=x.device)
         mask = _largest(u, k, top)

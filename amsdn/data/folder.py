@@ -9,7 +9,6 @@ each, then the second of each, ...), so that the first n test images are of all 
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from amsdn.errors import InputError
 from amsdn.utils.images import SUFFIXES, read_image
 
 DEFAULT_SIZE = 224
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, os.cpu_count() or 1)  # threads that decode at once
 
 
 class FolderSplit(Split):
@@ -33,11 +32,18 @@ class FolderSplit(Split):
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As in Split. Raises InputError naming the first file that cannot be used (see ``read_image``)."""
-        chosen = [self.paths[i] for i in indices.tolist()]
         with ThreadPoolExecutor(max_workers=WORKERS) as pool:  # Pillow decodes and resizes outside the interpreter lock
-            images = list(pool.map(partial(read_image, image_size=self.image_size), chosen))
+            images = list(pool.map(self.decode, indices.tolist()))
         stacked = torch.stack(images) if images else torch.empty(0, 3, self.image_size, self.image_size)
         return stacked.to(self.device), self.labels[indices.to(self.device)]
+
+    @property
+    def decodes(self) -> bool:
+        return True
+
+    def decode(self, index: int) -> Tensor:
+        """As in Split. Raises InputError for a file that cannot be used."""
+        return read_image(self.paths[index], self.image_size)
 
     def to(self, device: torch.device | str) -> "FolderSplit":
         return FolderSplit(self.paths, self.labels.to(device), self.image_size)

@@ -32,6 +32,15 @@ class Split(ABC):
     def to(self, device: torch.device | str) -> "Split":
         """The same samples, handed out on ``device``."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every fetch reads and decodes files. Training then has them decoded ahead of time, one by one by ``decode``."""
+        return False
+
+    def decode(self, index: int) -> Tensor:
+        """Image number ``index`` as ``fetch`` gives it, float32 [3,H,W], but on the CPU; in any thread. Only where ``decodes``."""
+        raise NotImplementedError(f"{type(self).__name__} holds its images; fetch them")
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -83,9 +92,17 @@ class SubsetSplit(Split):
         assert indices.dtype == torch.int64, f"indices are {indices.dtype}, not int64"
         self.base, self.indices = base, indices.to(base.device)
         self.labels = base.labels[self.indices]
+        self._places = indices.tolist() if base.decodes else []  # for threads that must not wait for a GPU
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.base.fetch(self.indices[_moved(indices, self.device)])
+
+    @property
+    def decodes(self) -> bool:
+        return self.base.decodes
+
+    def decode(self, index: int) -> Tensor:
+        return self.base.decode(self._places[index])
 
     def to(self, device: torch.device | str) -> Split:
         return self if torch.device(device) == self.device else self.base.gather(self.indices, device)

@@ -12,7 +12,7 @@ Budgets may be numbers or, for the balls and for pixel counts, tensors [B] with 
 from amsdn.threats.norm_balls import L1Ball, L2Ball, LinfBall, NormBall, unit_length
 from amsdn.threats.patches import PatchRectangles, PatchRegion, rectangle_mask, square_mask
 from amsdn.threats.sparse import SparsePixels
-from amsdn.threats.threat_model import TOLERANCE, ThreatModel, changed_pixels
+from amsdn.threats.threat_model import TOLERANCE, ThreatModel, budget_on, changed_pixels
 
 __all__ = [
     "TOLERANCE",
@@ -24,6 +24,7 @@ __all__ = [
     "PatchRegion",
     "SparsePixels",
     "ThreatModel",
+    "budget_on",
     "changed_pixels",
     "rectangle_mask",
     "square_mask",

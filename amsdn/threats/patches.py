@@ -98,7 +98,8 @@ class PatchRectangles(ThreatModel):
         inside = super().contains(x_adv, x)  # the pixels are in the box and not too many
         changed = changed_pixels(x_adv, x).squeeze(1)
         fits = (_extent(changed.any(2)) <= self.height) & (_extent(changed.any(1)) <= self.width)
-        fits &= torch.tensor(self.height <= x.shape[2] and self.width <= x.shape[3], device=x.device)
+        if self.height > x.shape[2] or self.width > x.shape[3]:
+            fits = torch.zeros_like(fits)
         if self.count > 1:
             open_questions = (inside & ~fits).nonzero().squeeze(1)
             masks = changed[open_questions].cpu()

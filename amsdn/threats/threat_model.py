@@ -1,6 +1,7 @@
 """What every threat model offers, and what several of them are made of."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -40,7 +41,7 @@ class ThreatModel(ABC):
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Whether each x_adv is an allowed choice around x, [B] bool. NaN is never allowed."""
-        limit = torch.as_tensor(self.budget, device=x.device, dtype=torch.float32).reshape(-1)
+        limit = budget_on(self.budget, x.device).float()
         slack = 0.0 if self.counts else TOLERANCE
         in_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
         return in_box & (self.spent(x_adv, x) <= limit + slack)
@@ -64,7 +65,7 @@ class ThreatModel(ABC):
     @property
     def bounded(self) -> bool:
         """Whether every budget is finite."""
-        return bool(torch.as_tensor(self.budget).isfinite().all())
+        return bool(self.budget.isfinite().all()) if isinstance(self.budget, Tensor) else math.isfinite(self.budget)
 
     @property
     def counts(self) -> bool:
@@ -83,6 +84,11 @@ def _show(budget: float | Tensor, counts: bool) -> str:
         return f"{budget:.0f}"
     over_255 = budget * 255
     return f"{round(over_255)}/255" if budget < 0.5 and abs(over_255 - round(over_255)) < 1e-6 else f"{budget:g}"
+
+
+def budget_on(budget: float | Tensor, device: torch.device) -> Tensor:
+    """A budget as a tensor [1] or [B]. A number is filled in there: an upload would be waited for."""
+    return budget.to(device).reshape(-1) if isinstance(budget, Tensor) else torch.full((1,), budget, device=device)
 
 
 def require_positive(budget: float | Tensor, where: str) -> None:

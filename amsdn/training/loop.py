@@ -6,6 +6,7 @@ one process or by many (``torchrun``): the same samples, the same result up to r
 memory runs out, a batch is cut into more parts and the run goes on with the same images a step (see ``memory``).
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -56,7 +57,7 @@ def train(
     under other settings is refused. Raises TrainingDiverged, Interrupted, ProcessGone, and InputError for unusable input.
     """
     run = Run(stage, model, split, config, folder, config_hash(stage.name, config.shaping(), settings, len(split)), ranks)
-    with watch_signals() as caught, Journal(stage.name, folder, run.step, run.total, writes=ranks.first) as journal:
+    with closing(run), watch_signals() as caught, Journal(stage.name, folder, run.step, run.total, writes=ranks.first) as journal:
         for step in run.steps():
             sums, agreed = run.gradient(step, caught)
             norm = run.update(sums)

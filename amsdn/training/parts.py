@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from amsdn.data import Split
+from amsdn.training.ahead import Source
 from amsdn.training.ranks import Ranks
 from amsdn.training.settings import LoopConfig
 from amsdn.training.stage import Batch, Stage
@@ -27,6 +27,10 @@ class Step:
     number: int
     images: Tensor
     progress: float
+
+    def pieces(self, parts: int) -> Sequence[Tensor]:
+        """The images of each part."""
+        return self.images.tensor_split(parts)
 
 
 @dataclass
@@ -50,8 +54,8 @@ class Sums:
 class PartedGradient:
     """Computes the gradient of a step of a stage in the weights' ``grad``: ``compute`` alone, then ``combine`` with the others."""
 
-    def __init__(self, stage: Stage, model: nn.Module, extra: nn.Module, teacher: nn.Module, split: Split, config: LoopConfig) -> None:
-        self.stage, self.model, self.teacher, self.split, self.config = stage, model, teacher, split, config
+    def __init__(self, stage: Stage, model: nn.Module, extra: nn.Module, teacher: nn.Module, source: Source, config: LoopConfig) -> None:
+        self.stage, self.model, self.teacher, self.source, self.config = stage, model, teacher, source, config
         self.parameters = [p for module in (model, extra) for p in module.parameters() if p.requires_grad]
         self.buffers = [b for module in (model, extra) for b in module.buffers()]
         self.device = next(model.parameters()).device
@@ -61,7 +65,7 @@ class PartedGradient:
         self.clear()
         start = self._buffer_values()
         sums = Sums(torch.zeros((), device=self.device), torch.zeros_like(start))
-        pieces = step.images.tensor_split(parts)
+        pieces = step.pieces(parts)
         try:
             for part in mine:
                 share = len(pieces[part]) / len(step.images)
@@ -108,7 +112,7 @@ class PartedGradient:
 
     def _batch(self, step: Step, part: int, images: Tensor) -> Batch:
         seed, name = self.config.seed, self.stage.name
-        x, y = self.split.fetch(images)
+        x, y = self.source.fetch(images)
         torch.manual_seed(derive_seed(seed, name, "global", step.number, part))  # drop-path draws from it
         return Batch(
             x.to(self.device, memory_format=torch.channels_last, non_blocking=True),

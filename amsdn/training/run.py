@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from amsdn.checks import Checks
 from amsdn.data import Split
 from amsdn.errors import InputError
+from amsdn.training.ahead import ReadAhead
 from amsdn.training.checkpoint import load_state, save_state, weights_digest
 from amsdn.training.divergence import FiniteWatch, TrainingDiverged
 from amsdn.training.ema import EMA
@@ -52,9 +54,11 @@ class Run:
         self.ema = EMA(model, config.ema_decay)
         if config.compile:
             compile_backbones(self.model, self.ema.model)
-        self.parted = PartedGradient(stage, self.model, self.extra, self.ema.model, split, config)
+        self.source = ReadAhead(split, self.device)
+        self.parted = PartedGradient(stage, self.model, self.extra, self.ema.model, self.source, config)
         self.optimizer = make_optimizer(config, self.parted.parameters)
-        self.watch = FiniteWatch(stage.name, self.total, ranks)
+        self.checks, self.watch = Checks(), FiniteWatch(stage.name, self.total, ranks)
+        self.orders: dict[int, Tensor] = {}
         self.step, self.parts, self.seconds_before = 0, config.parts, 0.0
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -65,22 +69,31 @@ class Run:
 
     def steps(self) -> Iterator[Step]:
         """The steps that remain, each the same as in an undisturbed run."""
-        order, order_epoch = torch.empty(0), -1
         while self.step < self.total:
-            epoch, position = divmod(self.step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                shuffle = generator("cpu", self.config.seed, self.stage.name, "order", epoch)
-                order, order_epoch = torch.randperm(len(self.split), generator=shuffle), epoch
-            chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield Step(self.step, chosen, self.step / self.total)
+            yield Step(self.step, self._images(self.step), self.step / self.total)
+
+    def _images(self, number: int) -> Tensor:
+        """Which images step ``number`` sees, int64 [B]: all of an epoch in an order of its own, batch by batch. None after the last step."""
+        if number >= self.total:
+            return torch.empty(0, dtype=torch.int64)
+        epoch, position = divmod(number, self.steps_per_epoch)
+        if epoch not in self.orders:
+            shuffle = generator("cpu", self.config.seed, self.stage.name, "order", epoch)
+            self.orders = {e: order for e, order in self.orders.items() if e == epoch - 1}
+            self.orders[epoch] = torch.randperm(len(self.split), generator=shuffle)
+        return self.orders[epoch][position * self.batch_size : (position + 1) * self.batch_size]
 
     def gradient(self, step: Step, signals: Sequence[int]) -> tuple[Sums, Wishes]:
         """The step's gradient in the weights' ``grad``, in as many parts as memory asks for, and the wishes of all processes.
 
         ``signals`` are those that arrived here; it may grow while the step is computed.
         """
+        following = Step(step.number + 1, self._images(step.number + 1), 0.0)
         while True:
-            sums = unless_out_of_memory(partial(self.parted.compute, step, self.parts, self.ranks.mine(self.parts)))
+            mine = self.ranks.mine(self.parts)
+            self.source.announce(*([s.pieces(self.parts)[part] for part in mine] for s in (step, following)))
+            with self.checks.collecting():
+                sums = unless_out_of_memory(partial(self.parted.compute, step, self.parts, mine))
             wishes = Wishes(signals[0] if signals else 0, self.save_is_due())
             out_of_memory, stop_signal, save, *used = self.ranks.agree([sums is None, *wishes, *self.parted.used()])
             if sums is not None and not out_of_memory:
@@ -92,8 +105,8 @@ class Run:
     def update(self, sums: Sums) -> Tensor:
         """One optimisation step; returns the gradient's norm [].
 
-        On the CPU raises TrainingDiverged before the weights are touched; on CUDA, which would have to be waited for, before the
-        next row is logged or state saved.
+        On the CPU raises TrainingDiverged and what the step's own checks complain of (ThreatViolation, InputError) before the
+        weights are touched; on CUDA, which would have to be waited for, before the next row is logged or state saved.
         """
         rate = self.config.learning_rate * schedule(self.step / self.total, self.config.warmup)
         for group in self.optimizer.param_groups:
@@ -101,7 +114,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.parted.parameters, self.config.clip_norm)
         self.watch.note(self.step + 1, sums.loss, norm, sums.metrics)
         if self.device.type == "cpu":
-            self.watch.check()
+            self._look()
         self.optimizer.step()
         self.ema.update(self.model)
         self.stage.remember(sums.memories)
@@ -113,10 +126,14 @@ class Run:
         journal.bar.update(1)
         if self.step % self.config.log_every and self.step != self.total:
             return
-        self.watch.check()
+        self._look()
         row = {"step": self.step, "images": self.step * self.batch_size, "seconds": round(self.seconds(), 3)}
         row |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "loss": float(sums.loss), "gradient_norm": float(norm)}
         journal.log(row | sums.average(self.ranks))
+
+    def close(self) -> None:
+        """Stop what runs beside the steps."""
+        self.source.close()
 
     def seconds(self) -> float:
         """Of training until now: this leg and those before it."""
@@ -130,12 +147,17 @@ class Run:
         """Keep the state, unless it is kept already; raises TrainingDiverged rather than keep weights that are not finite."""
         if self.step == self.saved_step:
             return
-        self.watch.check()
+        self._look()
         self._refuse_broken_weights()
         if self.ranks.first:
             journal.sync()
             save_state(self.folder, self._state())
         self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _look(self) -> None:
+        """Make the checks that were put off; the device is waited for."""
+        self.checks.look()
+        self.watch.check()
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -77,7 +77,8 @@ class LabelMemory:
 
     def recall(self, index: Tensor, y: Tensor, classes: int, progress: float) -> Targets:
         """The labels of the images ``index`` [B] of the split, whose given labels are y [B], on y's device."""
-        soft, index = F.one_hot(y, classes).float(), index.to(y.device)
+        index = index.to(y.device)
+        soft = torch.zeros(len(y), classes, device=y.device).scatter_(1, y.unsqueeze(1), 1.0)
         if self.table is not None:
             found = self.table.to(y.device)[index]
             soft = torch.where(found.sum(1, keepdim=True) > 0, found, soft)

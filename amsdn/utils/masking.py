@@ -32,7 +32,8 @@ def covering_masks(
     ``patch`` is the side of a square or (height, width) of a rectangle, in pixels; so is ``masks_per_axis``, one number for both
     axes or (down, across). Fewer masks are larger masks: n^2 (n^2 + 1) / 2 views for n masks an axis.
     """
-    return mask_tree(height, width, patch, masks_per_axis, device=device).finest
+    rows, columns = _spans(height, width, patch, masks_per_axis)
+    return rectangles(height, width, rows, columns, device)
 
 
 def rectangles(
@@ -86,9 +87,7 @@ def mask_tree(
 
     ``coarser=(2,)`` makes nine masks of 14 pixels out of the 36 of 9 pixels for a 5x5 patch at 32 pixels; the last are smaller.
     """
-    down, across = (masks_per_axis, masks_per_axis) if isinstance(masks_per_axis, int) else masks_per_axis
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    levels = [(axis_spans(height, patch_height, down), axis_spans(width, patch_width, across))]
+    levels = [_spans(height, width, patch, masks_per_axis)]
     for group in coarser:
         levels.insert(0, (_hulls(levels[0][0], group), _hulls(levels[0][1], group)))
     masks = torch.cat([rectangles(height, width, rows, columns, device) for rows, columns in levels])
@@ -105,6 +104,15 @@ def mask_tree(
     for _ in coarser:
         chain.insert(0, [parents[node - counts[0]] for node in chain[0]])
     return MaskTree(masks, tuple(map(tuple, children)), torch.tensor(chain, device=device))
+
+
+def _spans(
+    height: int, width: int, patch: int | tuple[int, int], masks_per_axis: int | tuple[int, int]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The spans of the masks down and across the image."""
+    down, across = (masks_per_axis, masks_per_axis) if isinstance(masks_per_axis, int) else masks_per_axis
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    return axis_spans(height, patch_height, down), axis_spans(width, patch_width, across)
 
 
 def _hulls(spans: list[tuple[int, int]], group: int) -> list[tuple[int, int]]:

@@ -60,8 +60,10 @@ def random_part_views(x: Tensor, grids: Sequence[Grid], generator: torch.Generat
     for grid in grids:
         check_grid(grid, *x.shape[2:])
     drawn = torch.rand(3, len(x), dtype=torch.float64, generator=generator, device=generator.device).to(x.device)
-    sides = torch.tensor(list(grids), device=x.device)[(drawn[0] * len(grids)).long()]
-    rows, columns = sides[:, 0], sides[:, 1]
+    choice = (drawn[0] * len(grids)).long()
+    rows = columns = torch.zeros_like(choice)
+    for number, grid in enumerate(grids):  # a table of grids would have to be uploaded, and waited for
+        rows, columns = rows.masked_fill(choice == number, grid[0]), columns.masked_fill(choice == number, grid[1])
     return _interpolated(x, (drawn[1] * rows).long(), (drawn[2] * columns).long(), rows, columns)
 
 

@@ -52,6 +52,7 @@ def test_kills_are_spread_over_all_stages_and_phases(chaos: ModuleType) -> None:
         late = len(phases) // 3
         assert set(phases[:-late]) == set(chaos.EARLY)  # a kill after the last step leaves none to kill at
         assert set(phases[-late:]) <= set(chaos.LATE)
+    assert chaos.Moment(2, "done") not in moments  # nothing follows it
 
 
 def finished(folder: Path, stages: tuple[str, ...]) -> Path:

@@ -37,11 +37,12 @@ def test_probabilities_are_averaged_and_agreement_is_that_of_the_least_convinced
 def test_agreement_is_that_of_the_class_the_logits_give_also_where_means_tie() -> None:
     """Means one rounding apart may have the same logarithm: agreement must not speak of another class than the answer."""
     gen = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, 4000, 3, generator=gen)
-    swapped = torch.tensor([1, 0, 2])  # the means of classes 0 and 1 are equal but for rounding
-    views = [first, first[:, swapped], second, second[:, swapped]]
+    even = 0.3 + 0.15 * torch.rand(4000, generator=gen)
+    lean = torch.tensor(
+        [0.0, 0.05, -0.05, 0.0, 0.0]
+    )  # of class 0, on the image and its views: its mean is that of class 1 but for rounding
+    whole, *views = (torch.stack([even + d, even, 1 - 2 * even - d], 1).log() for d in lean)
     turn = iter(views)
-    whole = torch.tensor([0.3, 0.3, -1.0]).expand(4000, 3)
     out = consistent_prediction(whole, torch.rand(4000, 3, 8, 8, generator=gen), lambda _: next(turn), 4, torch.zeros(1, 3, 1, 1))
     answer = out.logits.argmax(1, keepdim=True)
     assert torch.equal(out.agreement, torch.stack([v.softmax(1).gather(1, answer).squeeze(1) for v in views]).amin(0))

@@ -82,11 +82,13 @@ def test_compiling_keeps_names_and_leaves_the_average_a_copy(tiny_config: AMSDNC
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_compiled_run_ends_as_an_eager_one_up_to_rounding(tmp_path: Path) -> None:
-    """A model without a backbone is compiled whole."""
+    """A model without a backbone is compiled whole. Compiled dropout draws other numbers, so the network here has none."""
     ended = []
     for compiled in (False, True):
         loop = replace(LOOP, epochs=0.5, optimizer="sgd", compile=compiled)
-        ended.append(train(Probe(), Net(), forty_images(), loop, tmp_path / str(compiled)).model.state_dict())
+        model = Net()
+        model.head[0] = nn.Identity()
+        ended.append(train(Probe(), model, forty_images(), loop, tmp_path / str(compiled)).model.state_dict())
     torch.testing.assert_close(ended[1], ended[0], rtol=1e-4, atol=1e-5)
 
 
