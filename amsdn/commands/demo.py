@@ -37,9 +37,8 @@ class DemoOptions:
     limit: int | None = None  # use at most this many images of every split
     out: Path = Path("runs/demo")
     device: str = "auto"  # auto, cpu or cuda
-    budget: str | None = (
-        None  # time for training the defended model, such as 10min, which the recipe divides among its stages; none: no limit. Default: the recipe's
-    )
+    # Time for training the defended model, such as 10min, which the recipe divides among its stages; none: no limit. Default: the recipe's.
+    budget: str | None = None
 
 
 def run(args: Sequence[str]) -> None:
@@ -48,7 +47,7 @@ def run(args: Sequence[str]) -> None:
     started = time.monotonic()
     recipe = get_recipe(options.recipe)
     budget = recipe.budget if options.budget is None else options.budget
-    budget_s = None if budget in (None, "none") else parse_budget(budget)
+    budget_s = None if budget is None or budget.lower() == "none" else parse_budget(budget)
     device = pick_device(options.device)
     dataset = open_data(options.data or recipe.data, options.data_root, options.limit, device)
     with joined(device) as ranks:

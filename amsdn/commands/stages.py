@@ -76,7 +76,7 @@ def _run_stage(run: StageRun, dataset: Dataset, device: torch.device, ranks: Ran
     save_model(averaged, target)
     write_about(target, dataset)
     fingerprint, path = model_fingerprint(averaged), run.folder / "run.json"
-    if path.exists() and read_json(path).get("model", {}).get("fingerprint") == fingerprint:
+    if path.exists() and _recorded(path) == fingerprint:
         return target  # the stage had already ended; what was recorded then stays
     info = provenance(
         device,
@@ -114,6 +114,15 @@ def _plan(run: StageRun, model: AMSDN, dataset: Dataset, settings: dict[str, Any
     if ranks.first:
         print(f"{run.folder.name}: {plan.told()}", file=sys.stderr)
     return plan
+
+
+def _recorded(path: Path) -> str | None:
+    """The fingerprint of the model that a stage's run.json is about; None where the file is damaged, and is to be written again."""
+    try:
+        fingerprint: str | None = read_json(path)["model"]["fingerprint"]
+    except (InputError, KeyError, TypeError):
+        return None
+    return fingerprint
 
 
 def _starting_model(run: StageRun, dataset: Dataset, device: torch.device) -> AMSDN:

@@ -32,9 +32,8 @@ class _Common:
     image_size: int | None = None  # pixels a side; default: the data set's own
     init: str = "auto"  # a model folder to start from; auto: the stage before, if it has run; none: fresh weights
     device: str = "auto"  # auto, cpu or cuda
-    budget: str | None = (
-        None  # time for this stage's training, such as 90s, 10min or 1.5h, instead of epochs; none: no limit. Default: its share of the recipe's, if it has one
-    )
+    # Time for this stage's training, such as 90s, 10min or 1.5h, instead of epochs; none: no limit. Default: its share of the recipe's.
+    budget: str | None = None
 
 
 @dataclass(frozen=True)

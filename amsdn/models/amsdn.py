@@ -41,7 +41,9 @@ class AMSDNConfig:
     purification: bool = True
     purification_threshold: float = 0.5
     consistency_samples: int = 0  # at least so many occluded views per prediction; 0 switches the stage off
-    bounded_evidence: bool = False  # every location speaks with the same strength, so that a patch cannot shout the others down
+    bounded_evidence: bool = (
+        False  # features of every location have unit length when pooled; only attention makes one louder, 8 times at most
+    )
     drop_path: float = 0.0
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -217,8 +219,8 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         return threshold
 
     def differentiable_surrogate(self) -> "StraightThrough | None":
-        """The same values with gradients through the purification gates, for BPDA; None where there are no gates."""
-        return StraightThrough(self) if self.purifier is not None else None
+        """The same values with gradients through the purification gates and to all views of consistency, for BPDA; None without either."""
+        return StraightThrough(self) if self.has_detector else None
 
     def verified(
         self,
@@ -257,7 +259,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
 
         With ``bounded_evidence`` every location's features are brought to unit RMS first. Plain means let a few locations of great
         length outvote all others, and a patch makes such locations; clipping their norms was proposed against universal patches
-        (Yu et al., ICCV 2021). Here no location is louder than attention allows.
+        (Yu et al., ICCV 2021). Here no location is louder than attention allows: at most eight times, two by its gate and four by its level's share.
         """
         if self.config.bounded_evidence:
             units = [f.float().square().mean(1, keepdim=True).add(EVIDENCE_EPS).rsqrt() for f in features]
@@ -279,11 +281,11 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         def classify(view: Tensor) -> Tensor:
             return self._stages(view, straight_through).logits
 
-        return consistent_prediction(logits, x, classify, self.config.consistency_samples, fill)
+        return consistent_prediction(logits, x, classify, self.config.consistency_samples, fill, straight_through=straight_through)
 
 
 class StraightThrough(nn.Module):
-    """An AMSDN with the same values whose purification gates pass gradients (BPDA, Athalye et al. 2018).
+    """An AMSDN with the same values whose purification gates, and least convinced view, pass gradients (BPDA, Athalye et al. 2018).
 
     It holds the model itself, so it follows its weights, device and mode; the model knows nothing of it.
     """

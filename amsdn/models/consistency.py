@@ -33,19 +33,24 @@ class Consistency(NamedTuple):
 def occlusion_masks(samples: int, height: int, width: int, device: torch.device | None = None) -> Tensor:
     """The smallest rows x columns of masks, at least ``samples`` and 2 x 2, of which one covers any patch, [M,1,H,W] bool.
 
-    A patch is a square of 5/32 of the shorter side. 5 samples are 2 x 3 masks, 9 are 3 x 3.
+    A patch is a square of 5/32 of the shorter side, rounded. 5 samples are 2 x 3 masks, 9 are 3 x 3.
     """
     patch = max(round(PATCH_SHARE * min(height, width)), 1)
     rows = max(math.isqrt(samples), 2)
     return covering_masks(height, width, patch, (rows, max(-(-samples // rows), 2)), device)
 
 
-def consistent_prediction(logits: Tensor, x: Tensor, classify: Callable[[Tensor], Tensor], samples: int, fill: Tensor) -> Consistency:
+def consistent_prediction(
+    logits: Tensor, x: Tensor, classify: Callable[[Tensor], Tensor], samples: int, fill: Tensor, *, straight_through: bool = False
+) -> Consistency:
     """logits [B,K] of images x [B,3,H,W] in [0,1], joined by those of at least ``samples`` occluded views of each image.
 
     Covered pixels take the colour ``fill`` [1,3,1,1]. Views are the same for every image and call, so the outcome for
     one image is deterministic and independent of its batch. Views run one after another: memory stays that of one pass
     when no gradient is asked for.
+
+    A least value has a gradient through one view alone, which is none of the attacker's if that view hides the patch. With
+    ``straight_through`` the values are the same, and agreement has the slope of the views' mean log-probability.
     """
     probabilities = [logits.float().softmax(1)]
     for mask in occlusion_masks(samples, x.shape[2], x.shape[3], x.device):
@@ -53,5 +58,9 @@ def consistent_prediction(logits: Tensor, x: Tensor, classify: Callable[[Tensor]
     mean = torch.stack(probabilities).mean(0)
     answers = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
     answer = answers.argmax(1, keepdim=True)  # as a reader will find it: two means may share one logarithm, and a tie must not hide a class
-    agreement = torch.stack([p.gather(1, answer).squeeze(1) for p in probabilities[1:]]).amin(0)
+    given = torch.stack([p.gather(1, answer).squeeze(1) for p in probabilities[1:]])
+    agreement = given.amin(0)
+    if straight_through:
+        slope = given.clamp_min(torch.finfo(given.dtype).tiny).log().mean(0)
+        agreement = agreement.detach() + agreement.detach() * (slope - slope.detach())  # the bracket is exactly zero
     return Consistency(answers, agreement)

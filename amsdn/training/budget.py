@@ -128,7 +128,7 @@ def plan_stage(
         return found
     clock = clock or _synchronised(next(model.parameters()).device)
     began = clock()
-    rehearsed = _rehearse(sorts, model, split, loop, REHEARSAL_SHARE * budget_s, clock, ranks)
+    rehearsed = _rehearse(sorts, model, split, loop, budget_s, clock, ranks)
     step_s, start_s, rehearsal_s = ranks.gather((rehearsed.step_s(), rehearsed.start_s(), clock() - began))[0]
     steps = math.floor((budget_s - rehearsal_s - start_s) * (1 - RESERVE) / step_s)
     if steps < FEWEST_STEPS:
@@ -195,12 +195,15 @@ class _Enough(Exception):
 
 
 def _rehearse(
-    sorts: Callable[[], Sequence[Stage]], model: nn.Module, split: Split, loop: LoopConfig, limit_s: float, clock: Clock, ranks: Ranks
+    sorts: Callable[[], Sequence[Stage]], model: nn.Module, split: Split, loop: LoopConfig, budget_s: float, clock: Clock, ranks: Ranks
 ) -> "_Rehearsal":
-    """Train a copy through the very loop that will be used, until enough steps are timed; only what they cost is kept."""
+    """Train a copy through the very loop that will be used, until enough steps are timed; only what they cost is kept.
+
+    Raises InputError as soon as the rehearsal itself has used up the budget.
+    """
     cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=cuda), tempfile.TemporaryDirectory() as folder:
-        rehearsal = _Rehearsal(sorts(), limit_s, clock, ranks)
+        rehearsal = _Rehearsal(sorts(), budget_s, clock, ranks)
         epochs = (rehearsal.most + 1) / steps_per_epoch(loop, split)
         # So slow a learning rate that weights met at the wrong moment of the schedule cannot diverge.
         calm = replace(loop, epochs=epochs, learning_rate=1e-12, checkpoint_every_s=math.inf, log_every=rehearsal.most + 2)
@@ -220,8 +223,8 @@ class _Rehearsal(Stage):
 
     name = "rehearse"
 
-    def __init__(self, sorts: Sequence[Stage], limit_s: float, clock: Clock, ranks: Ranks) -> None:
-        self.sorts, self.limit_s, self.clock, self.ranks = list(sorts), limit_s, clock, ranks
+    def __init__(self, sorts: Sequence[Stage], budget_s: float, clock: Clock, ranks: Ranks) -> None:
+        self.sorts, self.budget_s, self.clock, self.ranks = list(sorts), budget_s, clock, ranks
         self.moments = len(self.sorts) * math.ceil(MOMENTS / len(self.sorts))
         self.warm_ups = 1 + len(self.sorts)
         self.most = self.warm_ups + PASSES * self.moments
@@ -259,13 +262,24 @@ class _Rehearsal(Stage):
         assert self.last is not None
         self.seconds.append(now - self.last)
         self.last = now
+        self._give_up_in_time()
         visits, within = divmod(self.taken - self.warm_ups, self.moments)
         if self.taken > self.warm_ups and within == 0 and not self._another(visits):
             raise _Enough
 
+    def _give_up_in_time(self) -> None:
+        """Raise InputError once the budget is used up, by the first process's clock."""
+        spent = sum(self.seconds)
+        if self.ranks.agree([self.ranks.first and spent > self.budget_s])[0]:
+            least = spent / self.taken * (self.warm_ups + self.moments + FEWEST_STEPS)
+            raise InputError(
+                f"--budget {span(self.budget_s)}: used up by {self.taken} of at least {self.warm_ups + self.moments} steps of rehearsal, which took "
+                f"{span(spent)}; {span(math.ceil(1.1 * least))} should do"
+            )
+
     def _another(self, visits: int) -> bool:
         """Whether one more pass fits into the time, by the first process's clock."""
-        fits = visits < PASSES and sum(self.seconds) + sum(self.seconds[-self.moments :]) <= self.limit_s
+        fits = visits < PASSES and sum(self.seconds) + sum(self.seconds[-self.moments :]) <= REHEARSAL_SHARE * self.budget_s
         return bool(self.ranks.agree([fits and self.ranks.first])[0])
 
     def _moment(self) -> int:

@@ -18,6 +18,7 @@ from amsdn.records import write_atomic
 
 STATE_FILE = "training_state.pt"
 FORMAT = 2
+KEYS = ("step", "parts", "seconds", "model", "extra", "ema", "ema_updates", "optimizer", "stage")  # what a run takes up again
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -38,6 +39,10 @@ def load_state(folder: Path, settings_hash: str) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found_format, found_hash = state["format"], state["settings"]
+        if found_format == FORMAT:
+            missing = [key for key in KEYS if key not in state]
+            if missing:
+                raise KeyError(missing[0])
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as e:
         raise InputError(
             f"{path}: no training state of AMSDN, or damaged ({type(e).__name__}); delete it to start this stage afresh"

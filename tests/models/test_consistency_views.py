@@ -77,3 +77,27 @@ def _worst(x: Tensor, weight: Tensor, goal: int, top: int, left: int) -> Tensor:
     window = (slice(None), slice(None), slice(top, top + 2), slice(left, left + 2))
     attacked[window] = (weight[goal] - weight.mean(0))[None, None, top : top + 2, left : left + 2].sign()
     return attacked
+
+
+def test_every_view_gets_a_gradient_through_the_surrogate_and_no_value_changes() -> None:
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 12, 12, generator=gen)
+    fill = torch.zeros(1, 1, 1, 1)
+    x = torch.rand(5, 1, 12, 12, generator=gen)
+
+    def classify(view: Tensor) -> Tensor:
+        return torch.einsum("khw,bhw->bk", weight, view[:, 0])
+
+    found = {}
+    for through in (False, True):
+        image = x.clone().requires_grad_()
+        out = consistent_prediction(classify(image), image, classify, 4, fill, straight_through=through)
+        (gradient,) = torch.autograd.grad(out.agreement.sum(), image)
+        found[through] = (out, gradient)
+    (plain, least), (surrogate, all_views) = found[False], found[True]
+    assert torch.equal(plain.agreement, surrogate.agreement)
+    assert torch.equal(plain.logits, surrogate.logits)
+    hidden = torch.stack([(least == 0) & mask for mask in occlusion_masks(4, 12, 12)]).flatten(2).sum(2)
+    assert (hidden.amax(0) >= 36).all(), "the least convinced view sees nothing behind its own mask"
+    seen = ~occlusion_masks(4, 12, 12).all(0)  # by some view: the masks overlap in the middle
+    assert (all_views[:, seen] != 0).all()

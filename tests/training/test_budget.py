@@ -175,8 +175,15 @@ def test_too_small_a_budget_is_refused_with_one_that_suffices(tiny_split: ArrayS
         planned(tiny_split, tmp_path / "a", 20.0, 1.0)
     assert not (tmp_path / "a").exists()
     assert planned(tiny_split, tmp_path / "b", parse_budget(str(error.value).split()[-1]), 1.0).steps >= FEWEST_STEPS
-    with pytest.raises(InputError, match="only 0 steps fit"):
+
+
+def test_a_rehearsal_that_uses_up_the_budget_gives_up_at_once_and_says_what_suffices(tiny_split: ArraySplit, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"--budget 2s: used up by 3 of at least 14 steps of rehearsal, which took 3s; (\S+) should do"
+    ) as error:
         planned(tiny_split, tmp_path / "a", 2.0, 1.0)
+    assert not (tmp_path / "a").exists()
+    assert planned(tiny_split, tmp_path / "b", parse_budget(str(error.value).split()[-3]), 1.0).steps >= FEWEST_STEPS
 
 
 def test_measuring_touches_neither_the_model_nor_randomness_nor_the_folder(tiny_split: ArraySplit, tmp_path: Path) -> None:
