@@ -120,4 +120,5 @@ def test_the_tables_hold_what_the_model_gives() -> None:
     job = Job("train stage", 14e9, 6.5, 2600, 32_000_000, 400.0, batch=4096)
     assert "168 GFLOP/s, 40 % of the peak" in text
     assert f"| 64 | 64 | {1e3 * parts(job, Cluster(), 64)['arithmetic']:.1f} |" in text
-    assert f"{1e3 * step_seconds(job, Cluster(), 64):.1f} | {100 * scaling(job, Cluster(), 64):.0f} |" in text
+    steps = [step_seconds(replace(job, overlap=ahead), Cluster(), 64) for ahead in (True, False)]
+    assert f"{1e3 * steps[0]:.1f} | {1e3 * steps[1]:.1f} | {100 * scaling(job, Cluster(), 64):.0f} |" in text
