@@ -134,7 +134,7 @@ class OneStepSparse(AttackRange):
 
 @dataclass(frozen=True)
 class NoisySparseStep(Attack):
-    """One step of sPGD on ``k`` pixels, from an image with random noise on up to ``noise`` x k others; for training.
+    """One step of sPGD on ``k`` pixels, from an image with random noise on up to ``noise`` x k pixels; for training.
 
     Every image draws its own number of noisy pixels, uniform from 0 to noise x k, and changes them by magnitudes drawn as sPGD
     draws its own, U(-1,1) kept in the box. The noise stays in the result, as in N-FGSM (de Jorge et al., NeurIPS 2022), so the

@@ -18,8 +18,9 @@ class WeightPerturbation:
     It costs one more forward and backward pass. ``gamma`` is 5e-3 in the paper; 0 switches it off.
 
     Differences from the authors' code: it steps on a copy of the network, so that ours puts back the batch statistics which the
-    ascent's pass moved; it subtracts v again, we put back the very weights; it perturbs by the loss of the attacked images, we
-    by the whole loss of the step, which is what the result is to be flat in.
+    ascent's pass moved; it subtracts v again, we put back the very weights; for plain adversarial training it perturbs by the loss
+    of the attacked images, we by the whole loss of the step, which is what the result is to be flat in. Where a batch is computed in
+    several parts, each part has a perturbation of its own.
     """
 
     gamma: float = 0.0  # share of a layer's norm

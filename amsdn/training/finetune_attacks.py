@@ -42,10 +42,10 @@ class FinetuneConfig(DefenceConfig):
     views: CertifiableViews = field(default_factory=lambda: CertifiableViews(noised=0.2, masked=0.2, consistency=2.0))
 
     def __post_init__(self) -> None:
-        if self.attacked_share < 0 or self.attacked_share + self.views.share >= 1:
+        if not self.attacked_share > 0 or self.attacked_share + self.views.share >= 1:
             raise InputError(
-                "finetune: shares must be at least 0 and leave some images clean, got "
-                f"attacked {self.attacked_share} and views {self.views.share:g}; make them smaller"
+                "finetune: some images must be attacked and some left clean, got shares of "
+                f"{self.attacked_share:g} attacked and {self.views.share:g} for views"
             )
         if not self.attacks:
             raise InputError("finetune: needs at least one attack; leave this stage out for none")

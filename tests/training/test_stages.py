@@ -176,8 +176,10 @@ def test_shares_that_exceed_a_batch_are_refused() -> None:
     AdversarialTrainConfig(attacks=(), views=views)
     with pytest.raises(InputError, match="train: attacked_share"):
         AdversarialTrainConfig(attacked_share=0.41, views=views)
-    with pytest.raises(InputError, match="finetune: shares"):  # it wants clean images left
+    with pytest.raises(InputError, match="finetune: some images must be attacked and some left clean"):
         FinetuneConfig(attacked_share=0.4, views=views)
+    with pytest.raises(InputError, match="finetune: some images must be attacked"):
+        FinetuneConfig(attacked_share=0.0)
     with pytest.raises(InputError, match="finetune: needs"):
         FinetuneConfig(attacks=())
 
