@@ -19,7 +19,7 @@ from scale_model import (
     step_seconds,
     wall_hours,
 )
-from scale_tables import scale_table
+from scale_tables import jobs, scale_table
 
 CLUSTER = Cluster(peak=1000.0, share=0.5, gpus_per_host=4, cores_per_gpu=2, within=100.0, between=10.0, latency=0.5, launch=0.01)
 JOB = Job(name="toy", forward=5.0, f=10.0, kernels=10, parameters=25, decode=4.0, batch=64, images=640, epochs=3, overlap=False, readers=8)
@@ -117,6 +117,7 @@ def test_the_tables_hold_what_the_model_gives() -> None:
         "asked": {"clean": 1.0},
     }
     text = scale_table(document)
+    assert jobs(document)["finetune"].kernels == 3600  # nine forward passes' worth, of which a forward and backward pass is three
     job = Job("train stage", 14e9, 6.5, 2600, 32_000_000, 400.0, batch=4096)
     assert "168 GFLOP/s, 40 % of the peak" in text
     assert f"| 64 | 64 | {1e3 * parts(job, Cluster(), 64)['arithmetic']:.1f} |" in text

@@ -1,6 +1,7 @@
 """The benchmark of training: what it counts, on steps small enough to count by hand; that both loops do the same work; its tables."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -91,6 +92,11 @@ def test_the_flagship_step_is_the_recipes_without_its_clean_start() -> None:
     flagship = kinds(recipe)["flagship"]
     assert (flagship.attacks, flagship.views, flagship.loss) == (recipe.train.attacks, recipe.train.views, recipe.train.loss)
     assert flagship.clean_start == 0 < recipe.train.clean_start
+
+
+def test_a_flagship_step_costs_the_mean_over_its_attacks() -> None:
+    config = replace(kinds(get_recipe("cifar10-cpu"))["pgd-10"], attacks=(PGD10, replace(PGD10, num_steps=2)))
+    assert step_flops(config, THIN, split(), 8) == (23 + 7) / 2 * forward_flops(THIN, 32) - STEM
 
 
 def test_the_warm_steps_and_the_last_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
