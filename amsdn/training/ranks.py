@@ -134,7 +134,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     except (ValueError, dist.DistError) as e:
         raise InputError(f"several processes: they cannot meet ({' '.join(str(e).split())}); start them with torchrun") from e
     # torchrun may keep one store over its restarts: without a name of its own this start could read the last one's addresses, and wait for ever.
-    store = dist.PrefixStore(f"amsdn/start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.distributed_c10d.PrefixStore(f"amsdn/start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Small numbers travel over gloo in either case.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)

@@ -93,6 +93,7 @@ def test_a_compiled_run_ends_as_an_eager_one_up_to_rounding(tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_step_on_a_gpu_waits_for_nothing(optimizer: str, tmp_path: Path) -> None:
     device = torch.device("cuda")
@@ -120,6 +121,7 @@ def asynchronous(self: Probe, model: nn.Module, teacher: nn.Module, batch: Batch
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_on_a_gpu_the_optimizer_is_fused(optimizer: str) -> None:
     loop = replace(LOOP, optimizer=optimizer)
