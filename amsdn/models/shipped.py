@@ -6,7 +6,7 @@ package. Each holds what ``save_model`` writes, ``about.json`` (the names of the
 
 from pathlib import Path
 
-PREFERRED = "cifar10-certified"  # what is used where no model is named and none was trained
+PREFERRED = "cifar10-cpu"  # what is used where no model is named and none was trained
 _PACKAGE = Path(__file__).parents[1]
 
 
