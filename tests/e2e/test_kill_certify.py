@@ -33,7 +33,7 @@ CHEAPLY = [
 @pytest.fixture
 def digits_model(tmp_path: Path) -> Path:
     """An untrained tiny AMSDN for ten classes, whose logits lie far enough apart to certify some images and not others."""
-    torch.manual_seed(2)
+    torch.manual_seed(9)
     model = AMSDN(num_classes=10, variant="compact", width=2, fpn_channels=8).eval()
     with torch.no_grad():
         model.classifier.weight.mul_(8)

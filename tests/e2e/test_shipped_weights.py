@@ -45,7 +45,7 @@ def test_the_shipped_model_of_a_recipe_is_the_one_meant(command: tuple[str, ...]
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [("evaluate",), ("certify", "cifar10-cpu"), ("attack", "pgd")])
+@pytest.mark.parametrize("command", [("evaluate",), ("certify", "cifar10-smoothing"), ("attack", "pgd")])
 def test_without_any_model_both_remedies_are_named(command: tuple[str, ...], amsdn: Shell, tmp_path: Path) -> None:
     refused(amsdn(*command, "--device", "cpu"), "run amsdn train", "--model", PREFERRED)
     assert not list(tmp_path.iterdir())
