@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from amsdn.evaluation.certification import read_certificates
 
@@ -23,6 +25,15 @@ def torchrun(*args: object) -> Outcome:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*TORCHRUN, *map(str, args)], capture_output=True, text=True, timeout=TIME_LIMIT_S, env=environment)
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What one process does here, it does with as many threads as each of the two: sums are rounded in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run_files(out: Path) -> dict[str, bytes]:
