@@ -18,12 +18,11 @@ from amsdn.models.backbone.convnext_fpn import SMALL, FeaturePyramid, build_back
 from amsdn.models.consistency import consistent_prediction
 from amsdn.models.detection import DetectionHead, conformal_threshold
 from amsdn.models.double_masking import ChallengerMasking
-from amsdn.models.layout import space_mean, weighted_space_mean
 from amsdn.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
-from amsdn.models.purification.selective_purifier import SelectivePurifier
+from amsdn.models.pooling import pooled
+from amsdn.models.purification.selective_purifier import PurifierOutput, SelectivePurifier
 
 LEVELS = 4
-EVIDENCE_EPS = 1e-4  # a location of smaller mean square is not raised to unit length
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class AMSDNConfig:
 class Stages(NamedTuple):
     """What each stage handed on. Lists have one entry per level, finest first; they are empty where a stage is off."""
 
-    raw_features: list[Tensor]  # [B,C,h,w], before purification
-    features: list[Tensor]  # [B,C,h,w], after purification
+    features: list[Tensor]  # [B,C,h,w], before purification
+    evidence: list[Tensor]  # [B,C], their means over locations, purified and weighted by attention
     embedding: Tensor  # [B,4C], what the classifier sees
     logits: Tensor  # [B,K] of the image itself, without consistency
     spatial_attention: list[Tensor]  # [B,1,h,w] in (0,2)
@@ -68,8 +67,7 @@ class AMSDNTrace:
 
     logits: Tensor  # [B,K]
     embedding: Tensor  # [B,E]
-    features: list[Tensor]
-    raw_features: list[Tensor]
+    evidence: list[Tensor]
     level_anomaly_logits: list[Tensor]
     gates: list[Tensor]
     anomaly_logit: Tensor | None  # [B]
@@ -90,7 +88,6 @@ class AMSDNAnalysis:
     pyramid_attention: Tensor | None  # None without attention
     level_anomaly_logits: list[Tensor]
     features: list[Tensor]
-    raw_features: list[Tensor]
 
 
 class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["adversarial-robustness"], license="mit"):
@@ -182,7 +179,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         s = self._stages(x, straight_through)
         anomaly_logit, map_logits = self._detect(s, x)
         return AMSDNTrace(
-            s.logits, s.embedding, s.features, s.raw_features, s.level_anomaly_logits, s.gates, anomaly_logit, map_logits
+            s.logits, s.embedding, s.evidence, s.level_anomaly_logits, s.gates, anomaly_logit, map_logits
         )  # fmt: skip
 
     def analyze(self, x: Tensor, *, straight_through: bool = False) -> AMSDNAnalysis:
@@ -203,7 +200,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         detected = (score > self.detection_threshold) & self.has_detector
         return AMSDNAnalysis(
             logits, score, anomaly_logit, detected, anomaly_map, agreement,
-            s.spatial_attention, s.pyramid_attention, s.level_anomaly_logits, s.features, s.raw_features,
+            s.spatial_attention, s.pyramid_attention, s.level_anomaly_logits, s.features,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -243,30 +240,23 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
 
     def _stages(self, x: Tensor, straight_through: bool) -> Stages:
         _check_shape(x, self.backbone.strides[-1])
-        raw = self.pyramid(self.backbone(self.normalize(x)))
-        maps = None if self.attention is None else self.attention(raw)
-        features, anomaly_logits, gates = raw, [], []
-        if self.purifier is not None:
-            features, anomaly_logits, gates = self.purifier(raw, straight_through=straight_through)
-        pooled = torch.cat(self._pooled(features, None if maps is None else maps.weights), dim=1)
-        embedding = self.norm(pooled if self.attention is None else self.attention.select(pooled))
+        features = self.pyramid(self.backbone(self.normalize(x)))
+        maps = None if self.attention is None else self.attention(features)
+        evidence, anomaly_logits, gates = self._evidence(features, None if maps is None else maps.weights, straight_through)
+        joined = torch.cat(evidence, dim=1)
+        embedding = self.norm(joined if self.attention is None else self.attention.select(joined))
         logits = self.classifier(embedding).float()
         spatial, pyramid = ([], None) if maps is None else (maps.spatial, maps.pyramid)
-        return Stages(raw, features, embedding, logits, spatial, pyramid, anomaly_logits, gates)
+        return Stages(features, evidence, embedding, logits, spatial, pyramid, anomaly_logits, gates)
 
-    def _pooled(self, features: list[Tensor], weights: list[Tensor] | None) -> list[Tensor]:
-        """What each level says on average over locations, [B,C] a level; each location counts as attention's ``weights`` [B,1,h,w] say.
-
-        With ``bounded_evidence`` every location's features are brought to unit RMS first. Plain means let a few locations of great
-        length outvote all others, and a patch makes such locations; clipping their norms was proposed against universal patches
-        (Yu et al., ICCV 2021). Here no location is louder than attention allows: at most eight times, two by its gate and four by its level's share.
-        """
-        if self.config.bounded_evidence:
-            units = [f.float().square().mean(1, keepdim=True).add(EVIDENCE_EPS).rsqrt() for f in features]
-            weights = units if weights is None else [w * unit for w, unit in zip(weights, units, strict=True)]
-        if weights is None:
-            return [space_mean(f) for f in features]
-        return [weighted_space_mean(f, w) for f, w in zip(features, weights, strict=True)]
+    def _evidence(self, features: list[Tensor], attention: list[Tensor] | None, straight_through: bool) -> PurifierOutput:
+        """What the levels [B,C,h,w] say on average over locations, each counting as attention's weights [B,1,h,w] and purification say."""
+        bounded = self.config.bounded_evidence
+        if self.purifier is None:
+            weights: Sequence[Tensor | None] = attention or [None] * len(features)
+            return PurifierOutput([pooled(f, w, bounded=bounded) for f, w in zip(features, weights, strict=True)], [], [])
+        found: PurifierOutput = self.purifier(features, attention, bounded=bounded, straight_through=straight_through)
+        return found
 
     def _detect(self, stages: Stages, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The anomaly logit [B] and the map's logits [B,1,H,W] of images x."""

@@ -14,7 +14,10 @@ def space_mean(f: Tensor) -> Tensor:
     return f.permute(0, 2, 3, 1).mean((1, 2))
 
 
-def weighted_space_mean(f: Tensor, weight: Tensor) -> Tensor:
-    """f [B,C,H,W] and weight [B,1,H,W] -> [B,C], the mean over locations of their product; one matrix product, f is read once."""
-    flat = weight.flatten(2).transpose(1, 2).to(f.dtype) / weight[0].numel()
-    return torch.bmm(f.flatten(2), flat).squeeze(2)
+def weighted_space_means(f: Tensor, weights: Tensor) -> Tensor:
+    """f [B,C,H,W] and n weights for each location [B,n,H,W] -> [B,n,C], the means over locations of their products.
+
+    One matrix product: f is read once, whatever n.
+    """
+    flat = weights.flatten(2).to(f.dtype) / (f.shape[2] * f.shape[3])
+    return torch.bmm(flat, f.flatten(2).transpose(1, 2))

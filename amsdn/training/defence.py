@@ -1,8 +1,8 @@
 """The step that adversarial training and fine-tuning share: clean, attacked and certifiable images through every part of the defence.
 
 Part of a batch is seen as the views that certificates ask about, part is attacked through the whole defence, the rest stays clean.
-Classification learns all; the anomaly maps learn where the images were truly changed; purified features of an attacked image are
-pulled to those an averaged teacher sees on the clean one (Madry et al. 2018 for the min-max frame; Tarvainen and Valpola 2017 for
+Classification learns all; the anomaly maps learn where the images were truly changed; the purified evidence of an attacked image is
+pulled to what an averaged teacher sees on the clean one (Madry et al. 2018 for the min-max frame; Tarvainen and Valpola 2017 for
 the averaged teacher). What attacked images cost, how attacks are drawn, whether labels follow the model and whether weights are
 perturbed are objects of their own.
 """
@@ -143,13 +143,13 @@ def defence_step(
     """
     x, y = scene.x[scene.victims], scene.y[scene.victims]
     x_adv = craft(model, config.objective.arm(attack, model, x), x, y, generator)
-    features = None
+    evidence = None
     if config.loss.feature_pull:
         with torch.no_grad():
-            features = teacher.trace(x).features
+            evidence = teacher.trace(x).evidence
 
     def learn() -> StepOutput:
-        return defence_loss(model, attack, config, scene, x_adv, features)
+        return defence_loss(model, attack, config, scene, x_adv, evidence)
 
     restore = config.awp.ascend(model, lambda: learn().loss)
     try:
@@ -161,11 +161,11 @@ def defence_step(
 
 
 def defence_loss(
-    model: AMSDN, attack: Attack, config: DefenceConfig, scene: Scene, x_adv: Tensor, features: list[Tensor] | None
+    model: AMSDN, attack: Attack, config: DefenceConfig, scene: Scene, x_adv: Tensor, evidence: list[Tensor] | None
 ) -> StepOutput:
     """What the model's answers cost: to ``x_adv`` [n,3,H,W], to the clean images (with the attacked ones' own, if wanted), to the views.
 
-    ``features`` are the teacher's on the clean originals of ``x_adv``.
+    ``evidence`` is the teacher's on the clean originals of ``x_adv``.
     """
     weights, twins, n = config.loss, config.objective.wants_twins, len(x_adv)
     first = scene.seen if twins else scene.seen + n
@@ -178,8 +178,8 @@ def defence_loss(
     by_label = torch.cat([costs.label, targets.cross_entropy(others, scene.seen + n, weights.label_smoothing)])
     loss = targets.mean(by_label, scene.seen) + costs.moved.sum() / len(by_label)
     terms = detector_terms(trace, attack, changed_pixels(x_adv, scene.x[scene.victims]))
-    if features is not None:
-        terms["feature_pull"] = feature_pull([f[:n] for f in trace.features], features)
+    if evidence is not None:
+        terms["feature_pull"] = feature_pull([e[:n] for e in trace.evidence], evidence)
     for name, term in terms.items():
         loss = loss + getattr(weights, name) * term
     metrics = {name: term.detach() for name, term in terms.items()} | label_metrics("_attacked", attacked, scene, scene.seen)

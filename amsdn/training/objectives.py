@@ -47,7 +47,7 @@ def detector_losses(level_logits: Sequence[Tensor], map_logits: Tensor, anomaly_
 
 
 def feature_pull(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over levels and locations of 1 - cosine similarity across channels; scalar, zero when they agree."""
+    """Mean over levels, [B,C] or [B,C,h,w] each, and whatever else they hold of 1 - cosine similarity across channels; scalar, zero when they agree."""
     terms = [1 - F.cosine_similarity(s.float(), t.detach().float(), dim=1, eps=1e-6).mean() for s, t in zip(student, teacher, strict=True)]
     return torch.stack(terms).mean()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amsdn.errors import InputError
 from amsdn.models import AMSDN, AMSDNConfig
+from amsdn.models.pooling import pooled
 from amsdn.models.summary import parameter_count
 from amsdn.protocols import Analysis, Detector, is_stochastic, surrogate_of
 
@@ -49,7 +50,7 @@ def test_shapes_at_every_size(config: AMSDNConfig, size: int) -> None:
     assert a.anomaly_score.shape == a.detected.shape == (2,)
     assert a.detected.dtype == torch.bool
     assert ((a.anomaly_map >= 0) & (a.anomaly_map <= 1)).all()
-    assert [f.shape for f in a.features] == [f.shape for f in a.raw_features]
+    assert [f.shape[2:] for f in a.features] == [m.shape[2:] for m in a.level_anomaly_logits]
     assert isinstance(a, Analysis)
     assert isinstance(model, Detector)
 
@@ -218,13 +219,12 @@ def test_with_bounded_evidence_no_location_is_louder_than_another() -> None:
     loud = [f.clone() for f in levels]
     for f in loud:
         f[:, :, 0, 0] *= 1000.0
-    bounded = AMSDN.from_config(replace(TINY, bounded_evidence=True)).eval()
-    plain = AMSDN.from_config(replace(TINY, attention=False)).eval()
     for weights in (None, [2 * torch.ones_like(f[:, :1]) for f in levels]):
-        pairs = zip(bounded._pooled(levels, weights), bounded._pooled(loud, weights), levels, strict=True)
-        for before, after, level in pairs:
+        for number, (level, shouted) in enumerate(zip(levels, loud, strict=True)):
+            weight = None if weights is None else weights[number]
+            before, after = (pooled(f, weight, bounded=True) for f in (level, shouted))
             torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)
             assert (before.norm(dim=1) <= (1 if weights is None else 2) * level.shape[1] ** 0.5 + 1e-4).all()
-    for pooled, shouted, level in zip(plain._pooled(levels, None), plain._pooled(loud, None), levels, strict=True):
-        torch.testing.assert_close(pooled, level.mean((2, 3)))
-        assert (shouted - pooled).norm() > 10
+    for level, shouted in zip(levels, loud, strict=True):
+        torch.testing.assert_close(pooled(level, None, bounded=False), level.mean((2, 3)))
+        assert (pooled(shouted, None, bounded=False) - level.mean((2, 3))).norm() > 10

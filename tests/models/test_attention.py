@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amsdn.models.attention.adaptive_attention import AdaptiveAttention, ChannelAttention, PyramidAttention, SpatialAttention, resize
-from amsdn.models.layout import space_mean, weighted_space_mean
+from amsdn.models.layout import space_mean, weighted_space_means
 
 
 def pyramid(batch: int, channels: int, finest: int, seed: int = 0) -> list[Tensor]:
@@ -74,7 +74,7 @@ def test_channel_gates_stay_between_zero_and_two() -> None:
 def test_gradients_reach_the_zero_started_layers() -> None:
     module, levels = AdaptiveAttention(8), pyramid(2, 8, 8)
     out = module(levels)
-    pooled = torch.cat([weighted_space_mean(f, w) for f, w in zip(levels, out.weights, strict=True)], 1)
+    pooled = torch.cat([weighted_space_means(f, w).squeeze(1) for f, w in zip(levels, out.weights, strict=True)], 1)
     ((module.select(pooled) - 1) ** 2).sum().backward()
     assert all(score.weight.grad[k].abs().sum() > 0 for score in module.scores for k in (0, 1))
     assert module.select.excite.weight.grad.abs().sum() > 0
@@ -89,10 +89,10 @@ def test_resize_means_when_shrinking_and_repeats_when_growing() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_reductions_equal_their_plain_forms_with_gradients(layout: torch.memory_format) -> None:
-    weight = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     for ours, plain in (
         (space_mean, lambda f: f.mean((2, 3))),
-        (lambda f: weighted_space_mean(f, weight), lambda f: (f * weight).mean((2, 3))),
+        (lambda f: weighted_space_means(f, weights), lambda f: (f[:, None] * weights[:, :, None]).mean((3, 4))),
     ):
         a, b = (pyramid(2, 8, 8)[0].contiguous(memory_format=layout).requires_grad_() for _ in range(2))
         left, right = ours(a), plain(b)

@@ -285,7 +285,7 @@ def test_cutting_a_trace_keeps_the_first_images_of_every_field(tiny_model: AMSDN
     whole, part = tiny_model.eval().trace(x), tiny_model.trace(x[:2])
     cut = first_of(whole, 2)
     torch.testing.assert_close(cut.logits, part.logits)
-    for ours, theirs in zip(cut.features, part.features, strict=True):
+    for ours, theirs in zip(cut.evidence, part.evidence, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

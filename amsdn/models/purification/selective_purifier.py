@@ -1,4 +1,4 @@
-"""Selective purification: find anomalous locations, rebuild them from their surroundings, leave the rest alone.
+"""Selective purification: find anomalous locations, rebuild them from the others, leave the rest alone.
 
 ``python -m amsdn.models.purification.selective_purifier`` prints shapes and parameter counts.
 """
@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amsdn.errors import InputError
+from amsdn.models.layout import weighted_space_means
+from amsdn.models.pooling import evidence_weights, to_unit_length
 
 PRIOR = 0.02  # anomaly that an untrained head reports everywhere
 PRIOR_LOGIT = math.log(PRIOR / (1 - PRIOR))
 TEMPERATURE = 0.1  # width of the soft gate, in units of anomaly
-MIN_MASS = 1e-4  # share of un-anomalous surroundings below which there is nothing to rebuild from
+MIN_MASS = 1e-4  # share of un-anomalous locations below which there is nothing to rebuild from
 
 
 class AnomalyHead(nn.Module):
@@ -34,47 +36,41 @@ class AnomalyHead(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """f [B,C,h,w], anomaly [B,1,h,w] in [0,1] -> rebuilt [B,C,h,w].
+    """What an anomalous location should have said, from the rest of its level: the mean over un-anomalous surroundings [B,C] -> [B,C].
 
-    A normalised convolution (Knutsson and Westin 1993; "partial convolution", Liu et al. 2018): every location counts
-    with weight 1 - anomaly, and the sum is divided by the weight present, so a location with anomaly 1 has exactly no
-    influence, on itself or others. It runs on a grid of half the size, where a 3x3 window reaches over 6x6 locations,
-    and starts as the weighted mean of that window. Where all of the window is anomalous, nothing is known: zero
-    plus the bias of ``mix`` stands in, and the location drops out of the pooled evidence.
+    The surroundings are all of the level, not a window: one as large as the patch would hold nothing else, and what is rebuilt goes
+    into a mean over all locations anyway. A window, rebuilding maps, made a training step dearer
+    (docs/training/ablations.md). Starts as the identity.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.gather = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        self.mix = nn.Conv2d(channels, channels, 1)
-        nn.init.constant_(self.gather.weight, 1 / 9)
-        nn.init.dirac_(self.mix.weight)
-        nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
+        self.mix = nn.Linear(channels, channels)
+        nn.init.eye_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
 
-    def forward(self, f: Tensor, anomaly: Tensor) -> Tensor:
-        size = (f.shape[-2], f.shape[-1])
-        half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-        keep = 1 - anomaly
-        # The mass is a single channel: full precision is free, and a rounded one would bias the mean.
-        mass = F.avg_pool2d(F.adaptive_avg_pool2d(keep, half), 3, stride=1, padding=1)
-        gathered = self.gather(F.adaptive_avg_pool2d(f * keep.to(f.dtype), half))
-        rebuilt = self.mix(gathered * (1 / mass.clamp_min(MIN_MASS)).to(f.dtype))
-        return F.interpolate(rebuilt, size=size, mode="nearest")
+    def forward(self, surroundings: Tensor) -> Tensor:
+        out: Tensor = self.mix(surroundings)
+        return out
 
 
 class PurifierOutput(NamedTuple):
-    """Per level: purified features [B,C,h,w], anomaly logits [B,1,h,w] and the gates [B,1,h,w] in {0,1} that were applied."""
+    """Per level: purified evidence [B,C], anomaly logits [B,1,h,w] and the gates [B,1,h,w] in {0,1} that were applied."""
 
-    levels: list[Tensor]
+    evidence: list[Tensor]
     anomaly_logits: list[Tensor]
     gates: list[Tensor]
 
 
 class SelectivePurifier(nn.Module):
-    """On each of the levels [B,C,h,w]: anomaly, rebuilding, and a fusion that replaces only what is anomalous.
+    """Levels [B,C,h,w] -> their means over locations [B,C], of which every anomalous location is replaced by a rebuilt one.
 
-    A location is rebuilt where its anomaly exceeds ``threshold``, and is passed on untouched elsewhere. With
-    ``straight_through`` the gate's value is the same hard one, but its gradient is that of
+    A location whose anomaly exceeds ``threshold`` is gated: it has exactly no influence on the evidence, neither by itself nor on
+    what stands in its place, which is rebuilt from the locations that are not gated, each counting with weight 1 - anomaly (a normalised
+    average, Knutsson and Westin 1993). All others are passed on untouched. Where all of a level is gated nothing is known: the bias of
+    ``mix`` alone stands in. The rebuilt maps themselves are never made: their mean is a weighted mean of f plus a share of what was rebuilt.
+
+    With ``straight_through`` the gate's value is the same hard one, but its gradient is that of
     sigmoid((anomaly - threshold) / TEMPERATURE): for training, and as the surrogate that adaptive attacks go through.
     Without it the gate is a constant to autograd. Raises InputError unless ``threshold`` lies in (0,1).
     """
@@ -88,17 +84,33 @@ class SelectivePurifier(nn.Module):
         self.denoisers = nn.ModuleList(Denoiser(channels) for _ in range(levels))
         self.level_weights = nn.Parameter(torch.zeros(levels))
 
-    def forward(self, levels: list[Tensor], *, straight_through: bool) -> PurifierOutput:
-        fused, logits, gates = [], [], []
-        for f, head, denoiser in zip(levels, self.heads, self.denoisers, strict=True):
+    def forward(
+        self, levels: list[Tensor], attention: list[Tensor] | None = None, *, bounded: bool = False, straight_through: bool
+    ) -> PurifierOutput:
+        """``attention`` [B,1,h,w] a level and ``bounded`` are as in ``pooling``: what each location counts."""
+        evidence, logits, gates = [], [], []
+        for number, (f, head) in enumerate(zip(levels, self.heads, strict=True)):
             logit = head(f).float()
             anomaly = torch.sigmoid(logit)
             gate = self.gate(anomaly, straight_through)
-            # lerp is exact at both ends: where the gate is 1 nothing of f survives, not even as rounding.
-            fused.append(torch.lerp(f, denoiser(f, anomaly).to(f.dtype), gate.to(f.dtype)))
+            weight = torch.ones_like(gate) if attention is None else attention[number]
+            evidence.append(self._evidence(number, f, anomaly, gate, weight, bounded))
             logits.append(logit)
             gates.append(gate)
-        return PurifierOutput(fused, logits, gates)
+        return PurifierOutput(evidence, logits, gates)
+
+    def _evidence(self, number: int, f: Tensor, anomaly: Tensor, gate: Tensor, weight: Tensor, bounded: bool) -> Tensor:
+        counts = evidence_weights(f, weight, bounded=bounded)
+        assert counts is not None
+        spared, trust = (1 - gate) * counts, 1 - anomaly
+        kept, around = weighted_space_means(f, torch.cat([spared, spared * trust], dim=1)).unbind(1)
+        # The mass is a single channel: full precision is free, and a rounded one would bias the mean.
+        mass = ((1 - gate) * weight * trust).mean((2, 3)).clamp_min(MIN_MASS)
+        rebuilt = self.denoisers[number](around / mass.to(around.dtype))
+        stands_in = (gate * weight).mean((2, 3))
+        if bounded:
+            stands_in = stands_in * to_unit_length(rebuilt)
+        return kept + stands_in.to(kept.dtype) * rebuilt.to(kept.dtype)
 
     def gate(self, anomaly: Tensor, straight_through: bool) -> Tensor:
         """anomaly [B,1,h,w] in [0,1] -> 1.0 where it exceeds the threshold, else 0.0."""
@@ -110,8 +122,18 @@ class SelectivePurifier(nn.Module):
 
     def combine(self, anomaly_logits: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Level logits [B,1,h,w] -> logits [B,1,*size] at image resolution: their mean under learned non-negative weights."""
-        maps = [F.interpolate(a, size=size, mode="bilinear", align_corners=False) for a in anomaly_logits]
-        return (torch.cat(maps, dim=1) * self.level_weights.softmax(0).reshape(1, -1, 1, 1)).sum(1, keepdim=True)
+        shares = self.level_weights.softmax(0)
+        return torch.stack([share * _enlarged(a, size) for share, a in zip(shares, anomaly_logits, strict=True)]).sum(0)
+
+
+def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B,1,h,w] -> [B,1,*size], bilinearly, as two matrix products: on one channel ``F.interpolate`` is several times slower backwards."""
+
+    def along(side: int, target: int) -> Tensor:
+        unit = torch.eye(side, device=maps.device, dtype=maps.dtype)
+        return F.interpolate(unit[None], size=target, mode="linear", align_corners=False)[0]
+
+    return along(maps.shape[2], size[0]).T @ maps @ along(maps.shape[3], size[1])
 
 
 def main() -> None:
@@ -121,7 +143,7 @@ def main() -> None:
     module = SelectivePurifier(256)
     levels = [torch.rand(1, 256, s, s) for s in (56, 28, 14, 7)]
     out = module(levels, straight_through=False)
-    shapes = {"levels in": levels, "levels out": out.levels, "anomaly logits": out.anomaly_logits}
+    shapes = {"levels in": levels, "evidence": out.evidence, "anomaly logits": out.anomaly_logits}
     print_stage(module, shapes | {"anomaly map": module.combine(out.anomaly_logits, (224, 224))})
 
 
