@@ -57,7 +57,7 @@ def cifar10_cpu() -> Recipe:
             views=CertifiableViews(masked=0.6, cutouts=masks),
         ),
         finetune=FinetuneConfig(
-            loop=LoopConfig(epochs=1, batch_size=256, learning_rate=4e-4),
+            loop=LoopConfig(epochs=4, batch_size=256, learning_rate=4e-4),
             augment=AUGMENT,
             attacks=(
                 PatchSizes((5, 8), num_steps=5, alpha=0.3),
