@@ -60,7 +60,7 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "all parts": Arm("attention with bounded evidence, purification, FPN, SSRT"),
     "plain": Arm("the backbone alone, trained longer", PLAIN, ssrt=0),
-    "plain, wider": Arm("the backbone alone, as wide as the cost of all parts pays for", PLAIN | {"width": 22}, ssrt=0),
+    "plain, wider": Arm("the backbone alone, as wide as the cost of all parts pays for", PLAIN | {"width": 20}, ssrt=0),
     "no attention": Arm("all but attention and its bounded evidence", {"attention": False, "bounded_evidence": False}),
     "no purification": Arm("all but purification, so no detector", {"purification": False}),
     "no FPN": Arm("all but the top-down pathway", {"fpn": False}),
