@@ -9,6 +9,7 @@ countermeasure, or asks the matching question, without being told to:
 - ``stochastic = True``: the output varies from call to call; attacks then average over draws (EOT).
 - ``differentiable_surrogate()``: a module to take gradients through where the real forward has none (BPDA).
 - ``classifier``, ``fill`` and ``masks(height, width)``: it answers by votes over masked views (see ``MaskedVoting``).
+- ``occluded_views()``: it compares its answers to occluded views of the image (see ``OccludedViews``), or None where it does not.
 - ``mask_fill``: the colour that covers (see ``mask_fill_of``), for training, double masking and occlusion alike.
 - ``classifier``, ``grid``, ``parts``, ``tolerance`` and ``part_logits(x)``: it answers by votes over disjoint pixels (see ``PixelVoting``).
 - ``analyze(x)``: it also detects attacks (see ``Detector``), unless ``has_detector`` is False; attacks can then evade the
@@ -69,6 +70,17 @@ class MaskedVoting(Protocol):
 
 
 @runtime_checkable
+class OccludedViews(Protocol):
+    """How a defence by prediction consistency looks at an image: by what ``classifier`` says of it under each of its masks."""
+
+    classifier: nn.Module
+    fill: Tensor  # [1,3,1,1], the colour of covered pixels
+
+    def masks(self, height: int, width: int, /) -> Tensor:
+        """The masks for images of this size, [M,1,H,W] bool, True where they cover."""
+
+
+@runtime_checkable
 class PixelVoting(Protocol):
     """A defence that answers by a run-off (see ``amsdn.utils.voting``) between ``parts`` views of an image.
 
@@ -94,6 +106,12 @@ def pixel_voting_of(model: object) -> PixelVoting | None:
 def masked_voting_of(model: object) -> MaskedVoting | None:
     """The model as a defence by double masking, or None for one that does not declare it."""
     return model if isinstance(model, MaskedVoting) else None
+
+
+def occluded_views_of(model: object) -> OccludedViews | None:
+    """The views by which the model judges consistency, or None for one that does not declare any."""
+    declared = getattr(model, "occluded_views", None)
+    return cast(OccludedViews | None, declared()) if callable(declared) else None
 
 
 def detector_of(model: object) -> Detector | None:

@@ -17,6 +17,7 @@ from amsdn.attacks.fab import FABAttack, FABL1Attack, FABL2Attack, FABTargetedAt
 from amsdn.attacks.few_pixel import FewPixelDE
 from amsdn.attacks.gradient_attacks import FGSM, MIFGSM, NFGSM, PGDAttack, PGDL1Attack, PGDL2Attack
 from amsdn.attacks.guided_search import GuidedSparseRS
+from amsdn.attacks.hidden_view import HiddenViewPatch
 from amsdn.attacks.lavan import LaVAN
 from amsdn.attacks.losses import DLR, CrossEntropy, Goal, Loss, Margin
 from amsdn.attacks.masking_aware import MaskingAwarePatch
@@ -67,6 +68,7 @@ __all__ = [
     "FewPixelDE",
     "Goal",
     "GuidedSparseRS",
+    "HiddenViewPatch",
     "LaVAN",
     "Loss",
     "Margin",

@@ -19,6 +19,7 @@ from amsdn.attacks.fab import FABAttack, FABL1Attack, FABL2Attack, FABTargetedAt
 from amsdn.attacks.few_pixel import FewPixelDE
 from amsdn.attacks.gradient_attacks import FGSM, MIFGSM, NFGSM, PGDAttack, PGDL1Attack, PGDL2Attack
 from amsdn.attacks.guided_search import GuidedSparseRS
+from amsdn.attacks.hidden_view import HiddenViewPatch
 from amsdn.attacks.lavan import LaVAN
 from amsdn.attacks.losses import DLR_OR_MARGIN
 from amsdn.attacks.masking_aware import MaskingAwarePatch
@@ -65,6 +66,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "patch-pgd-full": partial(PatchPGD, move="full"),
     "patch-rs": PatchRS,
     "patch-masking-aware": MaskingAwarePatch,
+    "patch-hidden-view": HiddenViewPatch,
     "lavan": LaVAN,
     "sparse-pgd": SparsePGD,
     "sparse-pgd-projected": partial(SparsePGD, projected=True),

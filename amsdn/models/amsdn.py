@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from amsdn.errors import InputError
 from amsdn.models.attention.adaptive_attention import AdaptiveAttention
 from amsdn.models.backbone.convnext_fpn import SMALL, FeaturePyramid, build_backbone
-from amsdn.models.consistency import consistent_prediction
+from amsdn.models.consistency import Occlusion, consistent_prediction, joint_anomaly_logit
 from amsdn.models.detection import DetectionHead, conformal_threshold
 from amsdn.models.double_masking import ChallengerMasking
 from amsdn.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
@@ -80,7 +80,7 @@ class AMSDNAnalysis:
 
     logits: Tensor  # [B,K]
     anomaly_score: Tensor  # [B] in [0,1]
-    anomaly_logit: Tensor | None  # [B]; None without purification
+    anomaly_logit: Tensor | None  # [B], of which the score is the sigmoid; None without purification and consistency
     detected: Tensor  # [B] bool
     anomaly_map: Tensor  # [B,1,H,W] in [0,1]; zeros without purification
     agreement: Tensor | None  # [B] in [0,1]; None without consistency
@@ -196,6 +196,7 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         logits, agreement = s.logits, None
         if self.config.consistency_samples > 0:
             logits, agreement = self._consistent(logits, x, straight_through)
+            anomaly_logit = joint_anomaly_logit(anomaly_logit, agreement)
             score = 1 - (1 - score) * agreement
         detected = (score > self.detection_threshold) & self.has_detector
         return AMSDNAnalysis(
@@ -234,9 +235,20 @@ class AMSDN(nn.Module, PyTorchModelHubMixin, library_name="amsdn", tags=["advers
         views, which are left out inside it. Every masked view is purified on its own, so the certificate covers purification. The
         arguments are those of ``ChallengerMasking``; raises InputError as it does.
         """
-        plain = copy.copy(self)  # the same weights and buffers under a configuration of its own
+        return ChallengerMasking(
+            self._single_view(), patch, masks_per_axis, self.mask_fill, views_per_pass, coarser=coarser, confidence=confidence
+        )
+
+    def occluded_views(self) -> Occlusion | None:
+        """What consistency looks at, for an attack that knows it (``amsdn.protocols.OccludedViews``); None with it off."""
+        samples = self.config.consistency_samples
+        return Occlusion(self._single_view(), self.mask_fill, samples) if samples else None
+
+    def _single_view(self) -> Self:
+        """The same weights and buffers, answering without consistency."""
+        plain = copy.copy(self)
         plain.config = replace(self.config, consistency_samples=0)
-        return ChallengerMasking(plain, patch, masks_per_axis, self.mask_fill, views_per_pass, coarser=coarser, confidence=confidence)
+        return plain
 
     def _stages(self, x: Tensor, straight_through: bool) -> Stages:
         _check_shape(x, self.backbone.strides[-1])

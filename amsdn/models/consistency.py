@@ -12,10 +12,12 @@ The verified mode, which answers rather than alarms, is double masking: see ``do
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from amsdn.utils.masking import covering_masks
 
@@ -38,6 +40,19 @@ def occlusion_masks(samples: int, height: int, width: int, device: torch.device 
     patch = max(round(PATCH_SHARE * min(height, width)), 1)
     rows = max(math.isqrt(samples), 2)
     return covering_masks(height, width, patch, (rows, max(-(-samples // rows), 2)), device)
+
+
+@dataclass(frozen=True)
+class Occlusion:
+    """What the light mode sees of an image; ``amsdn.protocols.OccludedViews``."""
+
+    classifier: nn.Module  # images -> logits, of one view
+    fill: Tensor  # [1,3,1,1]
+    samples: int
+
+    def masks(self, height: int, width: int) -> Tensor:
+        """[M,1,H,W] bool."""
+        return occlusion_masks(self.samples, height, width, self.fill.device)
 
 
 def consistent_prediction(
@@ -64,3 +79,15 @@ def consistent_prediction(
         slope = given.clamp_min(torch.finfo(given.dtype).tiny).log().mean(0)
         agreement = agreement.detach() + agreement.detach() * (slope - slope.detach())  # the bracket is exactly zero
     return Consistency(answers, agreement)
+
+
+def joint_anomaly_logit(anomaly_logit: Tensor | None, agreement: Tensor) -> Tensor:
+    """The log-odds [B] of 1 - (1 - a) x agreement, where a is the sigmoid of ``anomaly_logit`` [B] (None: a = 0).
+
+    Where views all but rule the answer out, that score rounds to 1 and has no slope left; its log-odds keep theirs.
+    """
+    silent = agreement.clamp_min(torch.finfo(agreement.dtype).tiny).log()
+    if anomaly_logit is not None:
+        silent = silent + F.logsigmoid(-anomaly_logit)
+    eps = torch.finfo(silent.dtype).eps
+    return (-torch.expm1(silent.clamp_max(-eps))).log() - silent

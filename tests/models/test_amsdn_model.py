@@ -130,7 +130,10 @@ def test_consistency_alone_scores_by_disagreement_and_together_by_both() -> None
     b = both.analyze(x)
     assert b.agreement is not None
     assert b.anomaly_logit is not None
-    torch.testing.assert_close(b.anomaly_score, 1 - (1 - torch.sigmoid(b.anomaly_logit)) * b.agreement)
+    head = both.trace(x).anomaly_logit
+    assert head is not None
+    torch.testing.assert_close(b.anomaly_score, 1 - (1 - torch.sigmoid(head)) * b.agreement)
+    torch.testing.assert_close(b.anomaly_score, torch.sigmoid(b.anomaly_logit))
     torch.testing.assert_close(b.logits.exp().sum(1), torch.ones(2))
 
 

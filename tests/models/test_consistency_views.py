@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amsdn.models.consistency import consistent_prediction, occlusion_masks
+from amsdn.models.consistency import consistent_prediction, joint_anomaly_logit, occlusion_masks
 
 
 @pytest.mark.parametrize(("samples", "count"), [(1, 4), (4, 4), (5, 6), (9, 9), (36, 36), (40, 42)])
@@ -101,3 +101,15 @@ def test_every_view_gets_a_gradient_through_the_surrogate_and_no_value_changes()
     assert (hidden.amax(0) >= 36).all(), "the least convinced view sees nothing behind its own mask"
     seen = ~occlusion_masks(4, 12, 12).all(0)  # by some view: the masks overlap in the middle
     assert (all_views[:, seen] != 0).all()
+
+
+@pytest.mark.parametrize("with_detector", [False, True])
+def test_the_score_s_log_odds_are_its_own_and_keep_a_slope_where_it_has_rounded(with_detector: bool) -> None:
+    agreement = torch.tensor([1.0, 1 - 1e-6, 0.9, 0.3, 1e-4, 1e-12, 1e-30], requires_grad=True)
+    head = torch.tensor([-3.0, -20.0, 0.0, 4.0, -1.0, -1.0, 2.0]) if with_detector else None
+    odds = joint_anomaly_logit(head, agreement)
+    score = 1 - (1 - (0 if head is None else head.sigmoid())) * agreement
+    torch.testing.assert_close(odds.sigmoid(), score, atol=2e-7, rtol=1e-5)
+    assert odds.isfinite().all()
+    (slope,) = torch.autograd.grad(odds.sum(), agreement)
+    assert (slope[2:] < 0).all()
