@@ -4,7 +4,7 @@ Arms differ in the model (attention, purification, FPN), in SSRT pretraining, or
 measured side by side with the others', in process time, and every arm gets as many steps as the budget pays for: whoever drops a
 part trains longer. ``plain`` is the backbone without any part, ``plain, wider`` the same at the width whose step costs what all
 parts together cost. SSRT is also tried where it should help most: many images, labels for few of them. Consistency is a matter of
-inference: the same weights answer with and without it.
+inference, and measured on the trained models by ``ablation_consistency.py``; run this again afterwards to gather both.
 
 All are judged on the first images of the *validation* split, so that nothing is chosen on the test images of the tables, by attacks
 that go through the whole defence. Every run resumes; a killed benchmark goes on where it was, and several may share a ``--work``
@@ -23,7 +23,7 @@ import torch
 
 from amsdn.attacks import Attack, Cascade, EvadeDetector, GuidedSparseRS, PatchPGD, SparsePGD
 from amsdn.commands.common import provenance, read_json
-from amsdn.commands.stages import StageRun, calibrate, clean_accuracy, run_stage
+from amsdn.commands.stages import StageRun, clean_accuracy, run_stage
 from amsdn.data import Augment, Dataset, load_dataset
 from amsdn.data.sampling import balanced_first
 from amsdn.evaluation.certification import certify_split
@@ -182,17 +182,14 @@ def certified(model: AMSDN, data: Dataset, folder: Path, samples: int) -> dict[s
     return {"correct": sum(p.correct and p.radius >= 1 for p in proofs), "samples": len(proofs)}
 
 
-def with_consistency(model: AMSDN, views: int, data: Dataset) -> AMSDN:
-    """The same weights, answering by occluded views as well, with a threshold of their own from the last half of the validation images."""
-    other = AMSDN.from_config(replace(model.config, pretrained=False, consistency_samples=views))
-    other.load_state_dict(model.state_dict())
-    calibrate(other.eval(), data.val.subset(torch.arange(len(data.val) // 2, len(data.val))), torch.device("cpu"))
-    return other
-
-
 def fitting(attacks: Mapping[str, Attack], model: AMSDN) -> dict[str, Attack]:
     """Without the attacks that avoid a detector where there is none."""
     return {name: attack for name, attack in attacks.items() if model.has_detector or not attack.evades}
+
+
+def folder_of(name: str) -> str:
+    """The name of an arm's folder."""
+    return name.replace(" ", "-").replace(",", "")
 
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
@@ -210,7 +207,7 @@ def benchmark(options: argparse.Namespace) -> None:
     data = load_dataset("cifar10", root=options.data_root, limit=options.limit)
     costs = measured_costs(data, ARMS, options.work, options.cost_rounds)
     for name, seed in runs(options):
-        folder = options.work / name.replace(" ", "-").replace(",", "") / str(seed)
+        folder = options.work / folder_of(name) / str(seed)
         if (folder / "result.json").exists():
             continue
         steps = steps_for(name, ARMS[name], costs, options.steps)
@@ -219,10 +216,6 @@ def benchmark(options: argparse.Namespace) -> None:
         attacks = judges(options.scale)
         found = judged(model, data, folder / "judged", options.samples, fitting(attacks, model))
         found["certified"] = certified(model, data, folder / "judged", options.samples)
-        if name in options.consistency:
-            consistent, few = with_consistency(model, options.views, data), max(options.samples // 3, 2)
-            local = {key: attack for key, attack in attacks.items() if key != "pixels"}  # random search asks for thousands of answers
-            found["consistent"] = judged(consistent, data, folder / "consistent", few, local)
         parameters = sum(p.numel() for p in model.parameters())
         origin = provenance(torch.device("cpu"), steps=steps, parameters=parameters, minutes=(time.monotonic() - started) / 60)
         write_json(
@@ -232,9 +225,12 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def gather(options: argparse.Namespace) -> dict[str, Any]:
-    """All results there are under ``options.work``, each with its own provenance."""
+    """All results there are under ``options.work``, each with its own provenance, and with what consistency made of it if that was measured."""
     found = [read_json(p) for p in sorted(options.work.glob("*/*/result.json"))]
-    settings = {name: getattr(options, name) for name in ("steps", "samples", "scale", "views")}
+    for row, path in zip(found, sorted(options.work.glob("*/*/result.json")), strict=True):
+        if (beside := path.parent / "consistency.json").exists():
+            row["consistency"] = read_json(beside)
+    settings = {name: getattr(options, name) for name in ("steps", "samples", "scale")}
     settings |= {"ssrt_share": SSRT_SHARE, "patch": PATCH, "pixels": PIXELS, "batch": BATCH}
     return {"settings": settings, "costs": read_json(options.work / "costs.json"), "rows": found}
 
@@ -248,14 +244,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="training steps of all parts; what they cost is everyone's budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument(
-        "--consistency",
-        nargs="*",
-        default=["all parts", "plain"],
-        choices=list(ARMS),
-        help="arms whose weights also answer by occluded views",
-    )
-    parser.add_argument("--views", type=int, default=4, help="how many occluded views")
     parser.add_argument("--samples", type=int, default=300, help="validation images that are attacked")
     parser.add_argument("--scale", type=float, default=1.0, help="of the attacks' steps and queries")
     parser.add_argument("--cost-rounds", type=int, default=4)

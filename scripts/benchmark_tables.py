@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "results" / "benchmarks"
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
+import ablation_tables  # noqa: E402
 from scale_tables import scale_table  # noqa: E402
 from training_tables import training_table  # noqa: E402
 
@@ -94,6 +95,7 @@ def certified_table(found: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "ablations": ("ablations.json", "docs/training/ablations.md", ablation_tables.page),
     "budgets": ("budgets.json", "docs/attacks/autoattack.md", budgets_table),
     "certified": ("certification.json", "README.md", certified_table),
     "l0-choice": ("l0_choice.json", "docs/certificates/l0.md", l0_choice_table),

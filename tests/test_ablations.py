@@ -3,8 +3,10 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ablation_consistency
 import ablation_tables as tables
 import ablations
 import numpy as np
@@ -79,9 +81,10 @@ def test_differences_are_paired_by_seed_with_students_interval() -> None:
 
 def test_the_page_has_every_arm_and_pools_its_seeds() -> None:
     rows = [row("all parts", seed, 30, 50, 40) for seed in range(3)] + [row("plain", seed, 20, 20) for seed in range(3)]
-    for r in rows:
-        r["found"]["consistent"] = r["found"]
-    settings = {"steps": 10, "samples": 100, "scale": 1.0, "views": 4, "patch": 5, "pixels": 10}
+    half = {"clean": {"correct": 800, "samples": 1000}, "correct": 30, "correct_or_noticed": 40, "samples": 100}
+    for r in rows[3:]:
+        r["consistency"] = {"views": 4, "commit": "abc", "bare": half | {"alarms": 0}, "occluded": half | {"alarms": 50}}
+    settings = {"steps": 10, "samples": 100, "scale": 1.0, "patch": 5, "pixels": 10}
     text = tables.page({"settings": settings, "costs": COSTS, "rows": rows})
     assert "| all parts | 1.00 | 3 | 90.0 [88.9, 91.0] | 30.0 [25.1, 35.4] |" in text
     assert "| plain | 0.50 | 3 |" in text
@@ -110,11 +113,28 @@ def test_consistency_has_a_threshold_of_its_own_from_other_images_than_those_att
     class Data:
         val = Images()
 
-    consistent = ablations.with_consistency(model, 4, Data())  # type: ignore[arg-type]
+    consistent = ablation_consistency.answering_by(model, 4, Data())  # type: ignore[arg-type]
     assert consistent.has_detector
     assert seen == list(range(30, 60))
     assert float(consistent.detection_threshold) != 0.5
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), consistent.parameters(), strict=True))
+    assert not ablation_consistency.answering_by(model, 0, Data()).has_detector  # type: ignore[arg-type]
+
+
+def test_an_image_stands_only_where_it_stands_under_every_attack() -> None:
+    class Model:
+        def analyze(self, x: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=x[:, :2, 0, 0], detected=x[:, 2, 0, 0] > 0)
+
+    def image(right: bool, alarm: bool) -> torch.Tensor:
+        return torch.tensor([float(right), 0.5, float(alarm)]).reshape(3, 1, 1)
+
+    standing = ablation_consistency.Standing(Model(), torch.zeros(4, dtype=torch.int64))  # type: ignore[arg-type]
+    standing.judge("a", torch.stack([image(True, False), image(False, True), image(True, False), image(False, False)]))
+    standing.judge("b", torch.stack([image(True, False), image(True, False), image(False, False), image(True, True)]))
+    found = standing.counts()
+    assert (found["correct"], found["correct_or_noticed"], found["samples"]) == (1, 2, 4)
+    assert found["by_attack"] == {"a": [2, 3], "b": [3, 3]}
 
 
 @pytest.mark.slow
@@ -135,5 +155,11 @@ def test_a_tiny_run_from_the_command_line_resumes_and_ends_in_one_file(tmp_path:
     assert json.loads((tmp_path / "out.json").read_text()) == first, "nothing is done twice"
     assert [r["arm"] for r in first["rows"]] == ["all parts", "plain"]
     assert first["rows"][0]["found"]["under patch"]["samples"] == 6
-    assert "consistent" in first["rows"][1]["found"]
-    assert tables.page(first).count("all parts") >= 3
+    assert "Consistency" not in tables.page(first)
+    views = ["--data-root", str(tmp_path), "--work", str(tmp_path / "work"), "--arms", "all parts", "--samples", "4", "--scale", "0.03"]
+    assert ablation_consistency.main([*views, "--threads", "1"]) == 0
+    assert ablations.main(words) == 0
+    gathered = json.loads((tmp_path / "out.json").read_text())
+    assert gathered["rows"][0]["consistency"]["occluded"]["samples"] == 4
+    assert "consistency" not in gathered["rows"][1]
+    assert tables.page(gathered).count("| all parts | none |") == 1
