@@ -90,5 +90,6 @@ def _guarded(name: str, args: Sequence[str]) -> int:
 
 
 def _fail(name: str, message: object, code: int) -> int:
-    print(f"amsdn {name}: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split()).removeprefix(f"{name}: ")  # a stage's own messages begin with its name
+    print(f"amsdn {name}: {line}", file=sys.stderr)
     return code

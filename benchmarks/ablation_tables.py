@@ -105,13 +105,14 @@ def _by_arm(found: dict[str, Any]) -> dict[str, list[Row]]:
 
 
 PAIRS = {
-    "attention, bounded": ("all parts", "no attention"),
-    "bounded evidence": ("all parts", "unbounded"),
     "purification": ("all parts", "no purification"),
-    "attacks that avoid the detector": ("all parts", "not evading"),
+    "purification, without the others": ("purification alone", "plain"),
+    "attacks that avoid the detector, in training": ("all parts", "not evading"),
+    "attention with bounded evidence": ("all parts", "no attention"),
+    "bounded evidence": ("all parts", "unbounded"),
     "FPN": ("all parts", "no FPN"),
-    "SSRT": ("all parts", "no SSRT"),
-    "SSRT, 2,000 labels": ("few labels", "few labels, no SSRT"),
+    "SSRT": ("SSRT first", "all parts"),
+    "SSRT, 2,000 labels": ("few labels, SSRT first", "few labels"),
     "all of them": ("all parts", "plain"),
     "all of them, plain as wide as it costs": ("all parts", "plain, wider"),
 }

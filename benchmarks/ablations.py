@@ -1,6 +1,6 @@
-"""Does each part of the design earn its cost? Every part switched off in turn, at equal training cost, against plain backbones.
+"""Does each part of the design earn its cost? Every part switched off or on in turn, at equal training cost, against plain backbones.
 
-Arms differ in the model (attention, purification, FPN), in SSRT pretraining, or in width. The cost of an arm's training step is
+Arms differ in the model (attention, purification, FPN), in SSRT pretraining, in labels, or in width. The cost of an arm's training step is
 measured side by side with the others', in process time, and every arm gets as many steps as the budget pays for: whoever drops a
 part trains longer. ``plain`` is the backbone without any part, ``plain, wider`` the same at the width whose step costs what all
 parts together cost. SSRT is also tried where it should help most: many images, labels for few of them. Consistency is a matter of
@@ -41,34 +41,35 @@ from amsdn.utils.helpers import keep_freed_memory
 
 AUGMENT = Augment(flip=True, shift=4)
 PATCH, PIXELS, BATCH = 5, 10, 128
-SSRT_SHARE = 0.08  # of the training cost, where there is pretraining
+SSRT_SHARE = 0.08  # of the training cost, where labels are many
 BASE = AMSDNConfig(variant="compact", width=16, bounded_evidence=True)
 PLAIN: dict[str, Any] = {"fpn": False, "attention": False, "purification": False, "bounded_evidence": False}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is switched off, or else: fields of the model's configuration, how much SSRT comes first, how many images have labels."""
+    """What differs from all parts: fields of the model's configuration, how much SSRT comes first, how many images have labels."""
 
     about: str
     model: Mapping[str, Any] = field(default_factory=dict)
-    ssrt: float = SSRT_SHARE  # of the training cost
+    ssrt: float = 0.0  # of the training cost
     labels: int | None = None  # images that have one; None: all
     evading: bool = True  # whether training meets attacks that avoid the detector, where there is one
 
 
 ARMS: dict[str, Arm] = {
-    "all parts": Arm("attention with bounded evidence, purification, FPN, SSRT"),
-    "plain": Arm("the backbone alone, trained longer", PLAIN, ssrt=0),
-    "plain, wider": Arm("the backbone alone, as wide as the cost of all parts pays for", PLAIN | {"width": 20}, ssrt=0),
-    "no attention": Arm("all but attention and its bounded evidence", {"attention": False, "bounded_evidence": False}),
+    "all parts": Arm("attention with bounded evidence, purification, FPN"),
+    "plain": Arm("the backbone alone, trained longer", PLAIN),
+    "purification alone": Arm("the backbone with purification and its detector", PLAIN | {"purification": True}),
     "no purification": Arm("all but purification, so no detector", {"purification": False}),
+    "no attention": Arm("all but attention and its bounded evidence", {"attention": False, "bounded_evidence": False}),
     "no FPN": Arm("all but the top-down pathway", {"fpn": False}),
-    "no SSRT": Arm("all parts, no pretraining", ssrt=0),
+    "SSRT first": Arm("all parts after a little SSRT", ssrt=SSRT_SHARE),
+    "plain, wider": Arm("the backbone alone, as wide as the cost of all parts pays for", PLAIN | {"width": 20}),
+    "few labels": Arm("all parts, 2,000 labels", labels=2000),
+    "few labels, SSRT first": Arm("all parts, 2,000 labels, half of the cost spent on SSRT without labels", ssrt=0.5, labels=2000),
     "unbounded": Arm("all parts, attention as of old: locations as loud as they like", {"bounded_evidence": False}),
     "not evading": Arm("all parts, no training against attacks that avoid the detector", evading=False),
-    "few labels": Arm("all parts, 2,000 labels, half of the cost spent on SSRT without labels", ssrt=0.5, labels=2000),
-    "few labels, no SSRT": Arm("all parts, 2,000 labels, no pretraining", ssrt=0, labels=2000),
 }
 
 
@@ -142,8 +143,8 @@ def meets_evading(arm: Arm) -> bool:
 
 
 def steps_for(name: str, arm: Arm, costs: Mapping[str, Mapping[str, float]], steps: int) -> tuple[int, int]:
-    """(pretraining, training) steps that cost as much as ``steps`` training steps of all parts with their pretraining."""
-    budget = steps * costs["all parts"]["train"] / (1 - SSRT_SHARE)
+    """(pretraining, training) steps that cost as much as ``steps`` training steps of all parts."""
+    budget = steps * costs["all parts"]["train"]
     first = max(round(arm.ssrt * budget / costs[name]["pretrain"]), 1) if arm.ssrt else 0
     return first, max(round((1 - arm.ssrt) * budget / costs[name]["train"]), 1)
 
