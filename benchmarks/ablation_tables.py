@@ -111,8 +111,9 @@ PAIRS = {
     "attention with bounded evidence": ("all parts", "no attention"),
     "bounded evidence": ("all parts", "unbounded"),
     "FPN": ("all parts", "no FPN"),
-    "SSRT": ("SSRT first", "all parts"),
-    "SSRT, 2,000 labels": ("few labels, SSRT first", "few labels"),
+    "SSRT as a term of training: the pull to an averaged teacher": ("all parts", "no pull"),
+    "SSRT as a stage of its own": ("SSRT first", "all parts"),
+    "SSRT as a stage of its own, 2,000 labels": ("few labels, SSRT first", "few labels"),
     "all of them": ("all parts", "plain"),
     "all of them, plain as wide as it costs": ("all parts", "plain, wider"),
 }

@@ -34,6 +34,7 @@ from amsdn.models.storage import load_model
 from amsdn.recipes.defences import PatchDefence
 from amsdn.records import write_json
 from amsdn.training.adversarial_train import AdversarialTrainConfig
+from amsdn.training.defence import DefenceLoss
 from amsdn.training.loop import LoopConfig
 from amsdn.training.pretrain_ssrt import PretrainConfig
 from amsdn.training.views import CertifiableViews, GreedyCutout
@@ -55,6 +56,7 @@ class Arm:
     ssrt: float = 0.0  # of the training cost
     labels: int | None = None  # images that have one; None: all
     evading: bool = True  # whether training meets attacks that avoid the detector, where there is one
+    pull: bool = True  # whether the evidence of attacked images is pulled to the averaged teacher's on the clean ones
 
 
 ARMS: dict[str, Arm] = {
@@ -69,6 +71,7 @@ ARMS: dict[str, Arm] = {
     "few labels": Arm("all parts, 2,000 labels", labels=2000),
     "few labels, SSRT first": Arm("all parts, 2,000 labels, half of the cost spent on SSRT without labels", ssrt=0.5, labels=2000),
     "unbounded": Arm("all parts, attention as of old: locations as loud as they like", {"bounded_evidence": False}),
+    "no pull": Arm("all parts, nothing pulled to the averaged teacher's evidence", pull=False),
     "not evading": Arm("all parts, no training against attacks that avoid the detector", evading=False),
 }
 
@@ -78,17 +81,18 @@ def pretrain_config(epochs: float, seed: int) -> PretrainConfig:
     return PretrainConfig(loop=LoopConfig(epochs=epochs, batch_size=BATCH, seed=seed), augment=AUGMENT)
 
 
-def train_config(epochs: float, seed: int, *, evading: bool) -> AdversarialTrainConfig:
-    """Patches and pixels with the few steps a CPU affords, half of them ``evading``, and masks for consistency and the certificate."""
+def train_config(arm: Arm, epochs: float, seed: int) -> AdversarialTrainConfig:
+    """Patches and pixels with the few steps a CPU affords, half of them avoiding the detector, and masks for consistency and the certificate."""
     attacks: tuple[Attack, ...] = (
         PatchPGD(PATCH, num_steps=2, alpha=0.5, move="never", stop_when_fooled=False),
         PatchPGD(8, num_steps=2, alpha=0.5, move="never", stop_when_fooled=False),
         SparsePGD(6 * PIXELS, num_steps=2, alpha=0.5, stop_when_fooled=False),
     )
-    if evading:
+    if meets_evading(arm):
         attacks += (EvadeDetector(attacks[0]), EvadeDetector(attacks[2]))
     return AdversarialTrainConfig(
         loop=LoopConfig(epochs=epochs, batch_size=BATCH, learning_rate=3e-3, weight_decay=0.02, seed=seed),
+        loss=DefenceLoss() if arm.pull else DefenceLoss(feature_pull=0),
         augment=AUGMENT,
         attacks=attacks,
         attacked_share=0.4,
@@ -130,7 +134,7 @@ def measured_costs(data: Dataset, arms: Mapping[str, Arm], work: Path, rounds: i
 def _seconds_of_steps(data: Dataset, arm: Arm, stage: str, turn: int, folder: Path) -> float:
     """Process seconds a step, over a dozen steps of real training thrown away afterwards; every attack comes up."""
     few = replace(data, train=data.train.subset(torch.arange(min(12 * BATCH, len(data.train)))), val=data.val.subset(torch.arange(2)))
-    config = pretrain_config(1.0, turn) if stage == "pretrain" else train_config(1.0, turn, evading=meets_evading(arm))
+    config = pretrain_config(1.0, turn) if stage == "pretrain" else train_config(arm, 1.0, turn)
     target = folder / f"{time.monotonic_ns()}"
     started = time.process_time()
     run_stage(StageRun(config, replace(BASE, **arm.model), target, None), few, torch.device("cpu"))
@@ -158,7 +162,7 @@ def trained(arm: Arm, seed: int, data: Dataset, steps: tuple[int, int], folder: 
         start = run_stage(StageRun(config, model, folder / "pretrain", None), data, device)
     if arm.labels is not None:
         data = replace(data, train=data.train.subset(balanced_first(data.train.labels, arm.labels)))
-    config = train_config(steps[1] / (len(data.train) // BATCH), seed, evading=meets_evading(arm))
+    config = train_config(arm, steps[1] / (len(data.train) // BATCH), seed)
     return load_model(run_stage(StageRun(config, model, folder / "train", start), data, device))
 
 

@@ -44,9 +44,9 @@ def test_arms_differ_in_what_they_are_named_for() -> None:
 def test_only_an_arm_with_a_detector_meets_attacks_that_avoid_it() -> None:
     meets = {name for name, arm in ablations.ARMS.items() if ablations.meets_evading(arm)}
     assert meets == set(ablations.ARMS) - {"no purification", "not evading", "plain", "plain, wider"}
-    evading = [a.evades for a in ablations.train_config(1.0, 0, evading=True).attacks]
-    assert any(evading)
-    assert not any(a.evades for a in ablations.train_config(1.0, 0, evading=False).attacks)
+    configs = {name: ablations.train_config(ablations.ARMS[name], 1.0, 0) for name in ("all parts", "not evading", "plain", "no pull")}
+    assert [any(a.evades for a in config.attacks) for config in configs.values()] == [True, False, False, True]
+    assert [config.loss.feature_pull > 0 for config in configs.values()] == [True, True, True, False]
 
 
 def row(arm: str, seed: int, patch: int, noticed: int, evading: int | None = None) -> dict[str, Any]:
