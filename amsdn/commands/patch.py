@@ -14,6 +14,7 @@ from amsdn.attacks.printing import Picture, check_print_size, contact_sheet, qua
 from amsdn.attacks.universal_patch import AdvPatch, PatchSuccess, UniversalPatch, success_rate
 from amsdn.commands.common import check_classes, describe_data, describe_model, find_class, open_data, open_model, provenance
 from amsdn.commands.options import parse, positive
+from amsdn.commands.ranks import Workers
 from amsdn.data import Dataset
 from amsdn.errors import InputError
 from amsdn.evaluation.run_folder import model_fingerprint
@@ -57,6 +58,7 @@ def run(args: Sequence[str]) -> None:
     options = parse(PatchOptions(), args, "patch", description)
     for name in ("size", "num_steps", "batch_size", "train_samples", "samples", "draws"):
         positive(getattr(options, name), f"--{name.replace('_', '-')}")
+    Workers.refuse()
     check_print_size(options.print_size_cm)
     device = pick_device(options.device)
     model = open_model(options.model, device)

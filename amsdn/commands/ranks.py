@@ -45,6 +45,12 @@ class Workers:
             raise InputError(f"RANK={rank}, WORLD_SIZE={count}: set both as torchrun does, with RANK from 0 to WORLD_SIZE - 1, or neither")
         return cls(int(rank), int(count))
 
+    @classmethod
+    def refuse(cls) -> None:
+        """Raise InputError if there are several processes: for a command without parts to give them, which would write the same files."""
+        if (count := cls.of_environment().count) > 1:
+            raise InputError(f"works in one process and was started in {count}; start it without torchrun")
+
     @property
     def first(self) -> bool:
         """Whether this is the process that gathers and speaks."""

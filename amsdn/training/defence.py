@@ -125,7 +125,8 @@ class DefenceStage(Stage):
 def supervised_step(model: AMSDN, config: DefenceConfig, scene: Scene) -> StepOutput:
     """Cross-entropy on clean images and on the views of the first of them, in one pass; no attack."""
     seen, views = scene.seen, len(scene.drawn.images)
-    logits = model(torch.cat([scene.drawn.images, scene.x[seen:]])).float()
+    shown = torch.cat([scene.drawn.images, scene.x[seen:]])
+    logits = model.trace(shown, straight_through=False).logits.float()  # one view, also where the deployed model asks several
     clean = logits[views:]
     targets = scene.targets.following(clean, seen)
     loss = targets.mean(targets.cross_entropy(clean, seen, config.loss.label_smoothing), seen)

@@ -82,6 +82,17 @@ def test_bad_options_are_one_line(options: list[str], words: list[str], amsdn: S
     assert not list(Path().rglob("*.png"))
 
 
+def test_several_processes_would_write_one_patch_and_are_refused(
+    amsdn: Shell, model_folder: Path, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    outcome = amsdn("patch", "--model", model_folder, "--data", f"arrays:{arrays}", "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert outcome.err == "amsdn patch: works in one process and was started in 2; start it without torchrun\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_example_is_a_command_that_parses(amsdn: Shell) -> None:
     program, command, *words = shlex.split(EXAMPLE)
     assert (program, command) == ("amsdn", "patch")

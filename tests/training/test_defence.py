@@ -280,6 +280,15 @@ def test_finetuning_takes_every_ingredient_too(tiny_model: AMSDN, tiny_split: Ar
     assert output.memory["soft_labels"].dtype == torch.float32
 
 
+def test_training_pays_for_one_view_of_a_model_that_asks_several(tiny_config: AMSDNConfig, tiny_split: ArraySplit) -> None:
+    model = AMSDN.from_config(replace(tiny_config, consistency_samples=4)).train()
+    asked: list[int] = []
+    model.backbone.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+    stage = AdversarialTraining(AdversarialTrainConfig(attacks=(), augment=STILL))
+    stage.step(model, AMSDN.from_config(tiny_config).eval(), batch_of(tiny_split))
+    assert len(asked) == 1
+
+
 def test_cutting_a_trace_keeps_the_first_images_of_every_field(tiny_model: AMSDN, tiny_split: ArraySplit) -> None:
     x = tiny_split.fetch(torch.arange(6))[0]
     whole, part = tiny_model.eval().trace(x), tiny_model.trace(x[:2])
