@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from amsdn.utils.helpers import keep_freed_memory
 AUGMENT = Augment(flip=True, shift=4)
 PATCH, PIXELS, BATCH = 5, 10, 128
 SSRT_SHARE = 0.08  # of the training cost, where labels are many
+COST_STEPS, REPEATS = (5, 20), 2  # the runs whose difference is the cost of a step, and how often each is measured
 BASE = AMSDNConfig(variant="compact", width=16, bounded_evidence=True)
 PLAIN: dict[str, Any] = {"fpn": False, "attention": False, "purification": False, "bounded_evidence": False}
 
@@ -115,30 +116,55 @@ def judges(queries_scale: float) -> dict[str, Attack]:
 
 
 def measured_costs(data: Dataset, arms: Mapping[str, Arm], work: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of process time of one training and one pretraining step of every arm, medians over interleaved rounds; kept in WORK/costs.json."""
+    """Seconds of process time of one training and one pretraining step of every arm; kept in WORK/costs.json.
+
+    Rounds are interleaved and differ in the attacks that are drawn, alike for all arms. Whatever else runs on the machine only adds to a
+    measurement, so each is repeated and the least counts; then comes the mean over rounds. The first round warms up.
+    """
     kept = work / "costs.json"
     if kept.exists() and (found := read_json(kept)).keys() >= arms.keys():
         return found
-    taken: dict[str, dict[str, list[float]]] = {name: {"train": [], "pretrain": []} for name in arms}
+    taken: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
-        for name, arm in arms.items():
-            for stage in ("train", "pretrain") if arm.ssrt else ("train",):
-                seconds = _seconds_of_steps(data, arm, stage, turn, work / "cost-runs")
-                if turn:  # the first round warms up
-                    taken[name][stage].append(seconds)
-    costs = {name: {stage: median(values) for stage, values in stages.items() if values} for name, stages in taken.items()}
+        for job in dict.fromkeys(job for arm in arms.values() for job in jobs(arm)):
+            seconds = min(_seconds_of_a_step(data, job, turn, work / "cost-runs") for _ in range(REPEATS))
+            taken.setdefault(repr(job), []).append(seconds)
+    costs = {name: {job.stage: fmean(taken[repr(job)][1:]) for job in jobs(arm)} for name, arm in arms.items()}
     write_json(kept, costs)
     return costs
 
 
-def _seconds_of_steps(data: Dataset, arm: Arm, stage: str, turn: int, folder: Path) -> float:
-    """Process seconds a step, over a dozen steps of real training thrown away afterwards; every attack comes up."""
-    few = replace(data, train=data.train.subset(torch.arange(min(12 * BATCH, len(data.train)))), val=data.val.subset(torch.arange(2)))
-    config = pretrain_config(1.0, turn) if stage == "pretrain" else train_config(arm, 1.0, turn)
+@dataclass(frozen=True)
+class Job:
+    """What a step costs depends on: the stage, the model and what training does with it. Arms may have a job in common."""
+
+    stage: str
+    model: tuple[tuple[str, Any], ...]
+    evading: bool
+    pull: bool
+
+
+def jobs(arm: Arm) -> list[Job]:
+    """The jobs of an arm, training first."""
+    model = tuple(arm.model.items())
+    train = Job("train", model, arm.evading, arm.pull)
+    return [train, Job("pretrain", model, True, True)] if arm.ssrt else [train]
+
+
+def _seconds_of_a_step(data: Dataset, job: Job, turn: int, folder: Path) -> float:
+    """Process seconds that one more step of real training takes: a longer run less a shorter one, so without start and end."""
+    few, many = (_seconds_of_a_run(data, job, turn, folder, steps) for steps in COST_STEPS)
+    return (many - few) / (COST_STEPS[1] - COST_STEPS[0])
+
+
+def _seconds_of_a_run(data: Dataset, job: Job, turn: int, folder: Path, steps: int) -> float:
+    few = replace(data, train=data.train.subset(torch.arange(steps * BATCH) % len(data.train)), val=data.val.subset(torch.arange(2)))
+    arm = Arm("", dict(job.model), evading=job.evading, pull=job.pull)
+    config = pretrain_config(1.0, turn) if job.stage == "pretrain" else train_config(arm, 1.0, turn)
     target = folder / f"{time.monotonic_ns()}"
     started = time.process_time()
     run_stage(StageRun(config, replace(BASE, **arm.model), target, None), few, torch.device("cpu"))
-    return (time.process_time() - started) / max(len(few.train) // BATCH, 1)
+    return time.process_time() - started
 
 
 def meets_evading(arm: Arm) -> bool:
@@ -251,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--samples", type=int, default=300, help="validation images that are attacked")
     parser.add_argument("--scale", type=float, default=1.0, help="of the attacks' steps and queries")
-    parser.add_argument("--cost-rounds", type=int, default=4)
+    parser.add_argument("--cost-rounds", type=int, default=3, help="of measuring what a step costs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/ablations.json"))
     options = parser.parse_args(arguments)

@@ -28,6 +28,23 @@ def test_every_arm_costs_the_budget(name: str) -> None:
     assert first * COSTS[name].get("pretrain", 0.0) / spent == pytest.approx(arm.ssrt, abs=0.002)
 
 
+def test_what_costs_the_same_is_measured_once_and_a_step_is_the_difference_of_two_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[tuple[ablations.Job, int, int]] = []
+
+    def seconds(data: Any, job: ablations.Job, turn: int, folder: Path, steps: int) -> float:
+        asked.append((job, turn, steps))
+        noise = 5.0 if len(asked) % 4 == 0 else 0.0  # every second repetition is disturbed
+        return 3.0 + (0.5 if job.stage == "pretrain" else 0.2) * steps + noise
+
+    monkeypatch.setattr(ablations, "_seconds_of_a_run", seconds)
+    arms = {name: ablations.ARMS[name] for name in ("all parts", "few labels", "few labels, SSRT first", "plain")}
+    costs = ablations.measured_costs(None, arms, tmp_path, 2)  # type: ignore[arg-type]
+    assert costs["all parts"]["train"] == pytest.approx(0.2)
+    assert costs["few labels, SSRT first"] == {"train": pytest.approx(0.2), "pretrain": pytest.approx(0.5)}
+    assert len({job for job, _, _ in asked}) == 3
+    assert len(asked) == 3 * 3 * 2 * 2  # jobs, rounds with the first, repetitions, lengths
+
+
 def test_arms_differ_in_what_they_are_named_for() -> None:
     base = ablations.BASE
     assert base.attention
@@ -147,6 +164,7 @@ def test_a_tiny_run_from_the_command_line_resumes_and_ends_in_one_file(tmp_path:
     monkeypatch.setattr(ablations, "BASE", AMSDNConfig(variant="compact", width=2, fpn_channels=8, bounded_evidence=True))
     monkeypatch.setattr(ablations, "ARMS", {name: ablations.ARMS[name] for name in ("all parts", "plain")})
     monkeypatch.setattr(ablations, "BATCH", 64)
+    monkeypatch.setattr(ablations, "COST_STEPS", (1, 2))
     words = ["--data-root", str(tmp_path), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json"), "--steps", "2"]
     words += ["--seeds", "0", "--samples", "6", "--scale", "0.03", "--cost-rounds", "1", "--threads", "1"]
     assert ablations.main(words) == 0
