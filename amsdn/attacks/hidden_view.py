@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amsdn.attacks.base import ActiveSet, Attack, Victim, require, require_at_least_one
 from amsdn.attacks.losses import CROSS_ENTROPY, MARGIN, Goal, Loss
-from amsdn.attacks.patch_attacks import PatchPGD, Size, best_colour_gain, cut, paste, patch_threat, sides
+from amsdn.attacks.patch_attacks import PatchPGD, Size, best_colour_gain, cut, paste, patch_threat, place_gain, sides
 from amsdn.protocols import OccludedViews, occluded_views_of
 from amsdn.threats import PatchRectangles, PatchRegion
 from amsdn.utils.masking import covered_places
@@ -58,15 +58,15 @@ class HiddenViewPatch(Attack):
         masks = views.masks(x.shape[2], x.shape[3]).to(x.device)
         hidden = covered_places(masks, sides(self.size))  # [M,h,w]
         mask, wanted = self._plans(views, masks, victim, x, goal)  # [B,plans] each
-        active, x_adv, last = self.active(victim, x, goal), x, None
+        active, x_adv = self.active(victim, x, goal), x
         steps = max(self.num_steps // (mask.shape[1] * self.places), 1)
         for plan in range(mask.shape[1]):
             worth = self._worth(active, wanted[:, plan]).masked_fill(~hidden[mask[:, plan]], -torch.inf)  # [B,h,w]
             for place in range(self.places):
                 corner = _drawn(worth, generator, best=place == 0)
                 content = torch.rand(len(active), 3, *sides(self.size), generator=generator, device=x.device)
+                x_adv = paste(active.x, content, corner)
                 for step in range(steps):
-                    x_adv = paste(active.x, content, corner)
                     gradient, stay = self._look(active, x_adv, wanted[:, plan])
                     if stay is not None:
                         if not len(active):
@@ -75,9 +75,8 @@ class HiddenViewPatch(Attack):
                         corner, content, gradient = corner[stay], content[stay], gradient[stay]
                     alpha = self.alpha * (self.last_alpha / self.alpha) ** (step / max(steps - 1, 1))
                     content = (content + alpha * cut(gradient, corner, self.size).sign()).clamp(0, 1)
-                last = paste(active.x, content, corner)
-        assert last is not None
-        return active.conclude(last, MARGIN)
+                    x_adv = paste(active.x, content, corner)
+        return active.conclude(x_adv, MARGIN)
 
     def _look(self, active: ActiveSet, x_adv: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient towards the wanted classes, and who stays, if some have left."""
@@ -99,7 +98,7 @@ class HiddenViewPatch(Attack):
         """What the best content at each place adds to the wanted class, to first order, [B,H-h+1,W-w+1]."""
         target = Goal(wanted, targeted=True)
         gradient, _, _ = active.victim.gradient(active.x, lambda answer: self.loss(answer, target))
-        return F.avg_pool2d(best_colour_gain(gradient, active.x), sides(self.size), stride=1).squeeze(1)
+        return place_gain(best_colour_gain(gradient, active.x), self.size)
 
 
 def _drawn(worth: Tensor, generator: torch.Generator, *, best: bool) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from amsdn.attacks.adaptive import frozen
 from amsdn.attacks.base import Attack, Victim, require, require_at_least_one
 from amsdn.attacks.losses import MARGIN, Goal
-from amsdn.attacks.patch_attacks import PatchPGD, Size, best_colour_gain, cut, paste, patch_threat, sides
+from amsdn.attacks.patch_attacks import PatchPGD, Size, best_colour_gain, cut, paste, patch_threat, place_gain, sides
 from amsdn.protocols import MaskedVoting, masked_voting_of
 from amsdn.threats import PatchRectangles, PatchRegion
 from amsdn.utils.masking import covered_places, mask_pairs, masked_views, pair_table
@@ -188,7 +188,7 @@ class _Views:
     def gain(self, victim: Victim, x: Tensor, first: Tensor, second: Tensor, wish: _Wish, size: Size) -> Tensor:
         """What the best content at each place adds to the log-probability of the wish, to first order, [B,P]."""
         gain = best_colour_gain(self.gradient(victim, x, first, second, wish), x)
-        return F.avg_pool2d(gain, sides(size), stride=1).flatten(1)
+        return place_gain(gain, size).flatten(1)
 
     def _passes(self, x: Tensor, first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, ...]]:
         rows = torch.arange(len(x), device=x.device).repeat_interleave(first.shape[1])

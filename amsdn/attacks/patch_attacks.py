@@ -143,7 +143,7 @@ class PatchPGD(Attack):
             left = gain
             for _ in range(self.count):
                 drawn = torch.stack([threat.random_corners(active.x, generator).squeeze(1) for _ in range(self.candidates)])  # [C,B,2]
-                worth = F.avg_pool2d(left, sides(self.size), stride=1).squeeze(1)  # [B,H-h+1,W-w+1]
+                worth = place_gain(left, self.size)
                 rows = torch.arange(len(left), device=left.device)
                 corners.append(drawn[worth[rows, drawn[..., 0], drawn[..., 1]].argmax(0), rows])
                 left = left.masked_fill(rectangle_mask(corners[-1].unsqueeze(1), *sides(self.size), left), 0)
@@ -222,3 +222,8 @@ def paste(x: Tensor, content: Tensor, corner: Tensor) -> Tensor:
 def best_colour_gain(gradient: Tensor, x: Tensor) -> Tensor:
     """First-order rise of the loss if a pixel takes its best colour, [B,1,H,W]; exact for a linear model."""
     return torch.maximum(gradient * (1 - x), -gradient * x).sum(1, keepdim=True)
+
+
+def place_gain(gain: Tensor, size: Size) -> Tensor:
+    """What a patch of ``size`` gains at each place, the mean of the pixels' gains [B,1,H,W] under it, [B,H-h+1,W-w+1]."""
+    return F.avg_pool2d(gain, sides(size), stride=1).squeeze(1)

@@ -47,7 +47,7 @@ def detector_losses(level_logits: Sequence[Tensor], map_logits: Tensor, anomaly_
 
 
 def feature_pull(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over levels, [B,C] or [B,C,h,w] each, and whatever else they hold of 1 - cosine similarity across channels; scalar, zero when they agree."""
+    """1 - cosine similarity across channels, averaged over images and locations, then over levels [B,C] or [B,C,h,w]; scalar, 0 when they agree."""
     terms = [1 - F.cosine_similarity(s.float(), t.detach().float(), dim=1, eps=1e-6).mean() for s, t in zip(student, teacher, strict=True)]
     return torch.stack(terms).mean()
 
