@@ -64,6 +64,10 @@ def test_only_standing_images_and_late_calls_count() -> None:
     assert has_settled(falling[:20]).passed, "too short to tell"
 
 
+def test_an_attack_that_returns_its_last_image_in_training_is_not_blamed_for_it() -> None:
+    assert findings(PatchPGD(3, 20, alpha=0.5))["keeps success"] is True
+
+
 def test_success_is_per_image() -> None:
     path = torch.tensor([[1.0, 1.0, -1.0], [-1.0, 1.0, 1.0]])
     assert keeps_success(path, torch.tensor([True, False, True])).passed
