@@ -9,6 +9,8 @@ The run folder after ``evaluate``:
 """
 
 import re
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from amsdn.evaluation.detection import map_auroc
 from amsdn.evaluation.examples import Arrays, Examples, example_arrays
 from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, id_range, model_fingerprint, writing_to
 from amsdn.evaluation.shards import WHOLE, Shard, every_shard, read_shards
+from amsdn.evaluation.time_left import TimeLeft, duration
 from amsdn.protocols import check_eval_mode, check_images, detector_of, device_of, is_stochastic
 from amsdn.records import EvalRecord, Key, RecordLog, config_hash
 from amsdn.threats import changed_pixels
@@ -35,6 +38,7 @@ from amsdn.utils.helpers import derive_seed, generator
 CLEAN = "clean"
 SETTINGS = "eval_config.json"
 RECORDS = "eval.jsonl"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,17 @@ def evaluate(
     sample_ids: Sequence[int] | None = None,
     shard: Shard = WHOLE,
     progress: bool = True,
+    planned: Mapping[str, float] | None = None,
+    title: str = "evaluate",
 ) -> list[EvalRecord]:
     """Evaluate ``model`` on clean images and under each of ``attacks``, and return all rows in order.
 
     ``model`` is any classifier in eval mode (images [B,3,H,W] in [0,1] -> logits [B,K]); one with ``analyze`` also
-    gets anomaly scores, decisions and localisation. The row named ``clean`` comes first; then the attacks in order.
-    Each attack runs on fixed chunks of samples with its own seed per chunk, so a run that was killed and is started
-    again with the same arguments ends with the rows of an undisturbed one. Attacks may be added to a finished run.
+    gets anomaly scores, decisions and localisation. All clean images come first; then, chunk by chunk of the samples, the attacks in
+    order, so that a run that is cut short is a whole evaluation of fewer images. Each attack has its own seed per chunk, so a run that was
+    killed and is started again with the same arguments ends with the rows of an undisturbed one. Attacks may be added to a finished run.
+    ``planned``, seconds an image and attack (see ``cost``), is what the time left is told from until each attack has met a chunk;
+    ``title`` is what the progress bar says.
 
     With ``shard = Shard(i, n)`` only every n-th chunk, from the i-th, is attacked and returned, into a file of its own; n processes
     that share ``out`` do the whole, and a call without a shard then gathers their rows and pictures and attacks what is missing:
@@ -92,9 +100,9 @@ def evaluate(
     known = read_shards(out, RECORDS, EvalRecord)
     check_same_attacks(known.values(), attacks)
     chunks = shard.of(_chunks(ids, config.batch_size))
-    run = _Run(model, split, out, config, chunks, frozenset(ids[: config.keep_examples]), log, known, shard, progress)
-    for name, attack in {CLEAN: None, **attacks}.items():
-        run.rows_for(name, attack)
+    keep = frozenset(ids[: config.keep_examples])
+    run = _Run(model, split, out, config, chunks, keep, log, known, shard, TimeLeft(planned))
+    run.all_rows({CLEAN: None, **attacks}, title if progress else None)
     wanted = [(i, hash_of(attack), config.seed) for attack in [None, *attacks.values()] for chunk in chunks for i in chunk]
     return [known[key] for key in wanted]
 
@@ -132,30 +140,49 @@ class _Run:
     log: RecordLog[EvalRecord]  # the file that this shard writes
     known: dict[Key, EvalRecord]  # the rows of all files
     shard: Shard
-    progress: bool
+    time_left: TimeLeft
 
-    def rows_for(self, name: str, attack: Attack | None) -> None:
-        """Make every row of one attack (None: of the clean images) that is not there yet; the whole takes in those of the shards."""
-        key = hash_of(attack)
-        examples = Examples(self.out, name, key, () if attack is None else self.keep)
-        with tqdm(total=sum(map(len, self.chunks)), desc=name, unit="image", disable=not self.progress) as bar:
-            for chunk in self.chunks:
-                rows = {i: row for i in chunk if (row := self.known.get((i, key, self.config.seed)))}
-                missing, illustrated = [i for i in chunk if i not in rows], examples.missing(chunk)
-                if missing or illustrated:
-                    with self._model_noise(key, chunk):
-                        outcome = self._attack(attack, key, chunk)
-                        rows = {row.sample_id: row for row in self._rows(name, attack, key, chunk, outcome)} | rows
-                        pictures = self._pictures(outcome, chunk, illustrated) if illustrated else None
-                    if pictures is not None:  # before the rows, which say that the chunk is done
-                        with writing_to(self.out):
-                            examples.add(chunk, pictures)
-                self._keep_rows(rows[i] for i in (chunk if self.shard.whole else missing))
+    def all_rows(self, attacks: Mapping[str, Attack | None], title: str | None) -> None:
+        """Make every row that is not there yet, under a bar with that title if any; the whole takes in those of the shards."""
+        todo = Counter({name: sum(map(len, self._undone(hash_of(attack)))) for name, attack in attacks.items()})
+        clean, *others = attacks.items()
+        steps = [(*step, chunk) for part in ([clean], others) for chunk in self.chunks for step in part]
+        with tqdm(total=sum(len(chunk) for _, _, chunk in steps), desc=title, bar_format=BAR, disable=title is None) as bar:
+            for name, attack, chunk in steps:
+                left = self.time_left.seconds(todo)
+                bar.set_postfix_str(name if left is None else f"{name}, about {duration(left)} left")
+                todo[name] -= self._rows_for(name, attack, chunk)
                 bar.update(len(chunk))
-                bar.set_postfix_str(f"{'accuracy' if attack is None else 'robust'} {self._accuracy(key):.1%}", refresh=False)
+            bar.set_postfix_str(f"clean {self._accuracy(hash_of(None)):.1%}")
         if self.shard.whole:
             with writing_to(self.out):
-                examples.finish(self.chunks)
+                for name, attack in attacks.items():
+                    self._examples(name, attack).finish(self.chunks)
+
+    def _undone(self, key: str) -> list[list[int]]:
+        """The chunks of which some row is missing."""
+        return [chunk for chunk in self.chunks if any((i, key, self.config.seed) not in self.known for i in chunk)]
+
+    def _examples(self, name: str, attack: Attack | None) -> Examples:
+        return Examples(self.out, name, hash_of(attack), () if attack is None else self.keep)
+
+    def _rows_for(self, name: str, attack: Attack | None, chunk: list[int]) -> int:
+        """Make the rows of one attack on one chunk, unless they are there; returns of how many images that had some to be made."""
+        key, start = hash_of(attack), time.monotonic()
+        rows = {i: row for i in chunk if (row := self.known.get((i, key, self.config.seed)))}
+        examples = self._examples(name, attack)
+        missing, illustrated = [i for i in chunk if i not in rows], examples.missing(chunk)
+        if missing or illustrated:
+            with self._model_noise(key, chunk):
+                outcome = self._attack(attack, key, chunk)
+                rows = {row.sample_id: row for row in self._rows(name, attack, key, chunk, outcome)} | rows
+                pictures = self._pictures(outcome, chunk, illustrated) if illustrated else None
+            if pictures is not None:  # before the rows, which say that the chunk is done
+                with writing_to(self.out):
+                    examples.add(chunk, pictures)
+            self.time_left.note(name, len(chunk), time.monotonic() - start)
+        self._keep_rows(rows[i] for i in (chunk if self.shard.whole else missing))
+        return len(chunk) if missing else 0
 
     def _keep_rows(self, rows: Iterable[EvalRecord]) -> None:
         """Write the rows that this file does not hold."""

@@ -27,6 +27,7 @@ from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, count, headline_ro
 from amsdn.evaluation.pictures import picture_groups
 from amsdn.evaluation.summary import summarise
 from amsdn.evaluation.terminal import as_text
+from amsdn.evaluation.time_left import duration
 from amsdn.records import CertRecord, EvalRecord, read_records, write_atomic
 
 
@@ -202,7 +203,7 @@ def _provenance(run: Run) -> dict[str, Any]:
         ("Data", f"{_data_name(run)}, {data.get('samples', run.summary['samples'])} images"),
         ("Model", _model_line(model)),
         ("Versions", ", ".join(f"{k} {v}" for k, v in (run.info.get("versions") or {}).items())),
-        ("Time", ", ".join(f"{stage} {_duration(s)}" for stage, s in (run.info.get("seconds") or {}).items())),
+        ("Time", ", ".join(f"{stage} {duration(s)}" for stage, s in (run.info.get("seconds") or {}).items())),
     ]
     return {
         "name": run.name,
@@ -223,12 +224,6 @@ def _model_line(model: Mapping[str, Any]) -> str:
     if model.get("false_positive_rate") is not None:
         parts.append(f"calibrated to {percent(model['false_positive_rate'])} % false positives")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _environment() -> Environment:

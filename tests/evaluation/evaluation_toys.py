@@ -1,6 +1,6 @@
 """Small models, data and attacks whose right answers are known."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
@@ -175,3 +175,8 @@ def eval_row(sample_id: int = 0, attack: str = "clean", *, correct: bool = True,
 def cert_row(sample_id: int = 0, radius: float = 0.5, prediction: int = 1, certificate: str = "l2") -> CertRecord:
     """A certificate for label 1."""
     return CertRecord(sample_id, "c", 0, certificate, 1, prediction, radius, prediction == 1, 100, 0.5)
+
+
+def by_key(rows: Iterable[EvalRecord]) -> list[EvalRecord]:
+    """Rows in an order of their own: a file holds them as they were made, a result attack by attack."""
+    return sorted(rows, key=lambda row: (row.attack, row.sample_id, row.config_hash, row.seed))

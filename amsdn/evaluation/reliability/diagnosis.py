@@ -128,7 +128,8 @@ def diagnose(
     for threat, diagnosis in diagnoses.items():
         folder = out / FOLDER / threat
         count = min(samples, len(split))
-        rows = evaluate(model, split, diagnosis.attacks(), folder, config, sample_ids=range(count), progress=progress)
+        title = f"checks of {threat}"
+        rows = evaluate(model, split, diagnosis.attacks(), folder, config, sample_ids=range(count), progress=progress, title=title)
         draw = generator(x.device, config.seed, "reliability", threat)
         found[threat] = row_findings(rows, diagnosis)
         found[threat] += path_findings(model, diagnosis.attack, x, y, draw)
