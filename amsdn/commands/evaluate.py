@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from amsdn.commands.common import check_classes, default_model, open_data, open_model
-from amsdn.commands.measuring import Measured, choose, fitting, measure
+from amsdn.commands.evaluation_plan import Plan, refuse_changes
+from amsdn.commands.measuring import Measured, choose, fitting
 from amsdn.commands.options import parse, positive, recipe_help, split_recipe
 from amsdn.commands.ranks import Workers
 from amsdn.evaluation.evaluate import RECORDS, EvaluateConfig
+from amsdn.evaluation.protocol import Protocol
 from amsdn.evaluation.report import terminal_table
 from amsdn.evaluation.shards import Shard
 from amsdn.recipes import Recipe
@@ -25,7 +28,10 @@ class EvaluateOptions:
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
     limit: int | None = None  # use at most this many images of every split
     image_size: int | None = None  # pixels a side; default: the data set's own
-    samples: int | None = None  # how many test images to attack; default: all
+    protocol: Literal["quick", "standard", "full"] | None = (
+        None  # fixed attacks, budgets, images and seed instead of the recipe's, and checks
+    )
+    samples: int | None = None  # how many test images to attack; default: as many as the recipe says
     attacks: tuple[str, ...] = ()  # names from the recipe's suite; default: all of it
     shard: str = "1/1"  # i/n: attack every n-th batch from the i-th; when all n are done, run once more without it
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -40,17 +46,18 @@ def run(args: Sequence[str]) -> None:
     positive(options.samples, "--samples")
     workers = Workers.of_environment()
     shards = workers.shards(Shard.parse(options.shard))
-    attacks = choose(recipe.attacks, options.attacks)
+    choose(recipe.attacks, options.attacks)
     device = pick_device(options.device)
     name = options.model or default_model(recipe.name)
     model = open_model(name, device)
     dataset = open_data(options.data, options.data_root, options.limit, device, options.image_size)
     check_classes(model, dataset, name)
-    if not options.attacks:
-        attacks = fitting(attacks, model)
     measured = Measured(model, name, dataset, options.out, device)
+    plan = _plan(options, recipe, measured)
+    if workers.first:
+        print(plan.announcement(measured), flush=True)
     for shard in shards:
-        measure(measured, attacks, options.evaluate, options.samples, recipe.headline, shard=shard, progress=workers.first)
+        plan.carry_out(measured, shard, progress=workers.first)
         if shard.whole:
             print(terminal_table({"this model": options.out}))
             print(f"model: {name}\nrows: {options.out / RECORDS}\nreport: amsdn report {options.out}")
@@ -58,6 +65,21 @@ def run(args: Sequence[str]) -> None:
             print(f"shard {shard} is done; when all are, the same command without --shard puts them together")
 
 
+def _plan(options: EvaluateOptions, recipe: Recipe, run: Measured) -> Plan:
+    """The protocol that was asked for, else the recipe's suite or the attacks chosen from it."""
+    if options.protocol is None:
+        chosen = choose(recipe.attacks, options.attacks)
+        attacks = chosen if options.attacks else fitting(chosen, run.model)
+        return Plan(attacks, options.evaluate, options.samples or recipe.samples, recipe.headline)
+    changed = {
+        "--attacks": bool(options.attacks),
+        "--samples": options.samples is not None,
+        "--evaluate": options.evaluate != recipe.evaluate,
+    }
+    refuse_changes(options.protocol, changed)
+    return Plan.of_protocol(Protocol.named(options.protocol, run.dataset.image_size), run)
+
+
 def _defaults(recipe: Recipe) -> EvaluateOptions:
     out = Path("checkpoints") / recipe.name / "evaluation"
-    return EvaluateOptions(data=recipe.data, out=out, samples=recipe.samples, evaluate=recipe.evaluate)
+    return EvaluateOptions(data=recipe.data, out=out, evaluate=recipe.evaluate)

@@ -15,6 +15,7 @@ from amsdn.data import Dataset
 from amsdn.errors import InputError
 from amsdn.evaluation.certification import ALL_SETTINGS
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
+from amsdn.evaluation.protocol import Protocol
 from amsdn.evaluation.run_folder import model_fingerprint
 from amsdn.evaluation.shards import WHOLE, Shard
 from amsdn.models.shipped import locate
@@ -44,12 +45,20 @@ def measure(
     *,
     shard: Shard = WHOLE,
     progress: bool = True,
+    protocol: Protocol | None = None,
+    planned: Mapping[str, float] | None = None,
 ) -> list[EvalRecord]:
-    """Attack the first ``samples`` test images (None: all), or one shard of them, and write the run folder with its provenance."""
+    """Attack the first ``samples`` test images (None: all), or one shard of them, and write the run folder with its provenance.
+
+    ``protocol``, where all of this comes from one, is written there too; ``planned`` is as ``evaluate`` takes it.
+    """
     check_same_model(run)
     count = min(samples or len(run.dataset.test), len(run.dataset.test))
     started = time.monotonic()
-    records = evaluate(run.model, run.dataset.test, attacks, run.out, config, sample_ids=range(count), shard=shard, progress=progress)
+    ids = range(count)
+    records = evaluate(
+        run.model, run.dataset.test, attacks, run.out, config, sample_ids=ids, shard=shard, progress=progress, planned=planned
+    )
     update_run_json(
         run,
         "evaluate",
@@ -58,6 +67,7 @@ def measure(
         seed=config.seed,
         samples=count,
         attacks={name: canonical(a) for name, a in attacks.items()},
+        protocol=None if protocol is None else {"name": protocol.name, "version": protocol.version},
         seconds=time.monotonic() - started,
     )
     return records

@@ -4,10 +4,11 @@ The HTML page and the terminal print the same rows, computed once here from the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from amsdn.evaluation.reliability.finding import MODEL
 from amsdn.evaluation.summary import complete_table, headline_radii
 from amsdn.records import CertRecord, EvalRecord
 
@@ -32,11 +33,18 @@ class Run:
     summary: Mapping[str, Any]
     crosscheck: Any | None
     defences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by certificate: summary of the attacks on what it certifies
+    checks: Mapping[str, Mapping[str, Any]] | None = None  # reliability.json by family, and "model"; None where nothing was checked
 
     @property
     def sample_ids(self) -> frozenset[int]:
         """The samples that count: those with a row for every attack."""
         return frozenset(complete_table(self.records).sample_ids)
+
+    def doubts(self, families: Collection[str]) -> tuple[str, ...]:
+        """Why numbers about attacks of these families cannot be believed; nothing where the checks found nothing, or none were made."""
+        about = [MODEL, *families] if families else []
+        findings = [f for family in about if self.checks and family in self.checks for f in self.checks[family]["findings"]]
+        return tuple(f["told"] for f in findings if not f["passed"])
 
     def attacks_within(self, family: str, budget: float) -> frozenset[str]:
         """Configuration hashes of the attacks that count at this budget (threat sets are nested).
@@ -79,6 +87,7 @@ class Row:
     group: str  # "accuracy", "certified" or "detection"
     cells: tuple[Cell | None, ...]
     differences: tuple[Difference | None, ...]
+    doubts: tuple[tuple[str, ...], ...]  # per run: why its number cannot be believed
 
 
 def describe(family: str, budget: float) -> str:
@@ -166,6 +175,7 @@ def headline_rows(runs: Sequence[Run]) -> list[Row]:
                 "accuracy",
                 cells,
                 [_same_attacks(first, r, {family: budget}) for r in runs[1:]],
+                (family,),
             )
         )
     if len(headline) > 1:
@@ -179,6 +189,7 @@ def headline_rows(runs: Sequence[Run]) -> list[Row]:
                 "accuracy",
                 cells,
                 [_same_attacks(first, r, headline) for r in runs[1:]],
+                tuple(headline),
             )
         )
     return rows + _certified_rows(runs) + _detection_rows(runs)
@@ -209,11 +220,23 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _row(runs: Sequence[Run], key: str, label: str, note: str, group: str, cells: Sequence[Cell | None], comparable: Sequence[bool]) -> Row:
+def _row(
+    runs: Sequence[Run],
+    key: str,
+    label: str,
+    note: str,
+    group: str,
+    cells: Sequence[Cell | None],
+    comparable: Sequence[bool],
+    families: Collection[str] = (),
+) -> Row:
+    """``families``: those whose attacks the numbers rest on."""
     assert len(cells) == len(runs), key
     assert len(comparable) == len(runs) - 1, key
-    differences = tuple(_difference(cells[0], other, same) for other, same in zip(cells[1:], comparable, strict=True))
-    return Row(key, label, note, group, tuple(cells), differences)
+    doubts = tuple(run.doubts(families) for run in runs)
+    believed = [same and not doubts[0] and not other for same, other in zip(comparable, doubts[1:], strict=True)]
+    differences = tuple(_difference(cells[0], other, same) for other, same in zip(cells[1:], believed, strict=True))
+    return Row(key, label, note, group, tuple(cells), differences, doubts)
 
 
 def _difference(mine: Cell | None, other: Cell | None, comparable: bool) -> Difference | None:
@@ -269,9 +292,8 @@ def _detection_rows(runs: Sequence[Run]) -> list[Row]:
             continue
         # Each run counts its own successful attacks, so the images differ by design: no difference is claimed.
         note = f"after {name}, at 5\u00a0% false positives"
-        rows.append(
-            _row(runs, f"detection:{family}", f"Detected, {describe(family, budget)}", note, "detection", cells, [False] * (len(runs) - 1))
-        )
+        label = f"Detected, {describe(family, budget)}"
+        rows.append(_row(runs, f"detection:{family}", label, note, "detection", cells, [False] * (len(runs) - 1), (family,)))
     return rows + _unnoticed_rows(runs)
 
 
@@ -285,7 +307,7 @@ def _unnoticed_rows(runs: Sequence[Run]) -> list[Row]:
         cells = [cell_of((threat_entry(r, family, budget) or {}).get("unnoticed")) for r in runs]
         note = f"worst of {len(found['attacks'])} attacks, {len(found['evading'])} of them against the detector too"
         label = f"Wrong and unnoticed, {describe(family, budget)}"
-        rows.append(_row(runs, f"unnoticed:{family}", label, note, "detection", cells, [False] * (len(runs) - 1)))
+        rows.append(_row(runs, f"unnoticed:{family}", label, note, "detection", cells, [False] * (len(runs) - 1), (family,)))
     return rows
 
 

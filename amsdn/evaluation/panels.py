@@ -22,6 +22,7 @@ from amsdn.evaluation.headline import (
     short_budget,
     threat_entry,
 )
+from amsdn.evaluation.reliability import MODEL
 
 
 def verdict(runs: Sequence[Run], rows: Sequence[Row]) -> Markup:
@@ -125,6 +126,7 @@ def run_legend(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
 def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     """What the numbers do not show, said from the numbers where possible."""
     first = runs[0]
+    unchecked = [run.name for run in runs if run.checks is None]
     widest = max((c.high - c.low for row in rows if row.group == "accuracy" for c in row.cells if c), default=0.0)
     said = [
         f"Robust accuracy is an upper bound: it counts what these attacks could not break with what they spent. {_effort(first)}"
@@ -137,6 +139,8 @@ def limits(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
         said.append(f"{first.summary['dropped']} images lack rows for some attack and are counted nowhere.")
     if any(d and not d.comparable for row in rows if row.group != "detection" for d in row.differences):
         said.append("Some rows compare runs with other images or other attack settings; no difference is claimed there.")
+    if unchecked:
+        said.append(f"No checks of reliability were made of {', '.join(unchecked)}: amsdn evaluate --protocol makes them.")
     if len(runs) == 1:
         said.append("There is no comparison model here, so the report does not show what the defence adds.")
     return said
@@ -150,6 +154,20 @@ def _limits_of_detection(run: Run, rows: Sequence[Row]) -> list[str]:
     if ignored:
         said.append(f"No attack on these tried to escape the detector: {', '.join(ignored)}.")
     return said
+
+
+def check_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """By run and family, whether its numbers can be believed, and every check behind that; nothing for runs that were not checked."""
+    return [
+        {
+            "run": run.name,
+            "threat": "The model itself" if threat == MODEL else capital(family_name(threat)),
+            "reliable": told["reliable"],
+            "findings": told["findings"],
+        }
+        for run in runs
+        for threat, told in (run.checks or {}).items()
+    ]
 
 
 def chart(title: str, curves: Sequence[Curve], axis: Axis, *, y_title: str, x_label: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from amsdn.evaluation.certification import read_certificates
 from amsdn.evaluation.crosscheck import DEFENCE_RUNS, RESULT
 from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, count, headline_rows, percent
 from amsdn.evaluation.pictures import picture_groups
+from amsdn.evaluation.reliability import read_checks
 from amsdn.evaluation.summary import summarise
 from amsdn.evaluation.terminal import as_text
 from amsdn.evaluation.time_left import duration
@@ -89,7 +90,8 @@ def _load_run(name: str, folder: Path, headline: Mapping[str, float] | None) -> 
     certificates = read_certificates(folder)
     summary = summarise(records, certificates, headline=headline or info.get("headline"))
     checked = _crosscheck(folder / RESULT)
-    return Run(name, info, records, certificates, summary, checked, _defences(folder, checked, certificates))
+    defences = _defences(folder, checked, certificates)
+    return Run(name, info, records, certificates, summary, checked, defences, read_checks(folder))
 
 
 def _crosscheck(path: Path) -> Any | None:
@@ -156,6 +158,7 @@ def _context(title: str, runs: Sequence[Run], rows: Sequence[Row], subject: Path
         "certificate_legend": certificate_panels.certificate_legend(runs),
         "certificate_facts": certificate_panels.certificate_facts(runs),
         "detectors": panels.roc_charts(runs),
+        "believed": panels.check_table(runs),
         "crosschecks": [line for run in runs for line in certificate_panels.crosscheck_lines(run)],
         "limits": [*panels.limits(runs, rows), *certificate_panels.certificate_limits(runs[0])],
         "run_legend": panels.run_legend(runs),
@@ -176,7 +179,9 @@ def _numbers(title: str, runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, 
     headline = [
         {**dataclasses.asdict(row), "cells": dict(zip((r.name for r in runs), map(_plain, row.cells), strict=True))} for row in rows
     ]
-    per_run = {r.name: {"run": r.info, "summary": r.summary, "crosscheck": _without_rows(r.crosscheck)} for r in runs}
+    per_run = {
+        r.name: {"run": r.info, "summary": r.summary, "crosscheck": _without_rows(r.crosscheck), "reliability": r.checks} for r in runs
+    }
     return {"title": title, "subject": runs[0].name, "headline": headline, "runs": per_run}
 
 

@@ -12,30 +12,35 @@ def as_text(names: Sequence[str], rows: Sequence[Row]) -> str:
     """The rows as aligned plain text of at most TERMINAL_WIDTH columns; one block per comparison."""
     pairs: list[tuple[int, ...]] = [(0, i) for i in range(1, len(names))] or [(0,)]
     blocks = [_text_block([names[i] for i in pair], [_pick(row, pair) for row in rows]) for pair in pairs]
+    doubts = dict.fromkeys((i, doubt) for row in rows for i, found in enumerate(row.doubts) for doubt in found)
     notes = ["Per cent of images, with 95 % intervals; n is the number of images behind each figure."]
     if any(d and d.comparable and d.beyond for row in rows for d in row.differences):
         notes.append("* the two intervals do not meet")
     if any(d and not d.comparable for row in rows for d in row.differences):
         notes.append("? not comparable: other images or other attack settings")
+    if doubts:
+        notes.append("~ not reliable:")
+        notes += [_reason(f"{names[i]}: {doubt}" if len(names) > 1 else doubt) for i, doubt in doubts]
     return "\n\n".join(blocks) + "\n\n" + "\n".join(notes) + "\n"
 
 
-def _pick(row: Row, pair: Sequence[int]) -> tuple[Row, list[Cell | None], Difference | None]:
-    return row, [row.cells[i] for i in pair], row.differences[pair[1] - 1] if len(pair) == 2 else None
+def _reason(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), TERMINAL_WIDTH, initial_indent="  - ", subsequent_indent="    ")
 
 
-def _text_block(names: Sequence[str], rows: Sequence[tuple[Row, list[Cell | None], Difference | None]]) -> str:
+def _pick(row: Row, pair: Sequence[int]) -> list[str]:
+    """A line of the table: what it is about, the cells, the difference where there are two, and the numbers of images."""
+    cells = [_text_cell(row.cells[i], doubtful=bool(row.doubts[i])) for i in pair]
+    difference = [_text_difference(row.differences[pair[1] - 1])] if len(pair) == 2 else []
+    counts = "/".join(dict.fromkeys(str(c.n) for i in pair if (c := row.cells[i])))
+    return [_clip(row.label, 30), *cells, *difference, counts]
+
+
+def _text_block(names: Sequence[str], rows: Sequence[list[str]]) -> str:
     titles = [_title(name) for name in names]
     upper = [t[0] if len(t) == 2 else "" for t in titles]
-    lines = [
-        ["", *upper, *([] if len(names) == 1 else [""]), ""],
-        ["", *(t[-1] for t in titles), *([] if len(names) == 1 else ["difference"]), "n"],
-    ]
-    for row, cells, difference in rows:
-        counts = "/".join(dict.fromkeys(str(c.n) for c in cells if c))
-        lines.append(
-            [_clip(row.label, 30), *(_text_cell(c) for c in cells), *([] if len(names) == 1 else [_text_difference(difference)]), counts]
-        )
+    between = ["difference"] if len(names) == 2 else []
+    lines = [["", *upper, *("" for _ in between), ""], ["", *(t[-1] for t in titles), *between, "n"], *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip() for line in lines
@@ -51,8 +56,8 @@ def _title(name: str) -> list[str]:
     return [first, _clip(" ".join(rest), 20)] if rest else [first]
 
 
-def _text_cell(cell: Cell | None) -> str:
-    return "-" if cell is None else f"{percent(cell.value)} [{percent(cell.low)}, {percent(cell.high)}]"
+def _text_cell(cell: Cell | None, *, doubtful: bool) -> str:
+    return "-" if cell is None else f"{'~' if doubtful else ''}{percent(cell.value)} [{percent(cell.low)}, {percent(cell.high)}]"
 
 
 def _text_difference(difference: Difference | None) -> str:

@@ -5,6 +5,6 @@ found missing (Carlini et al. 2019, On Evaluating Adversarial Robustness; Tramer
 Indicators of Attack Failure; Zimmermann et al. 2022, the binarization test). Each gives one ``Finding``.
 """
 
-from amsdn.evaluation.reliability.finding import Finding, verdict
+from amsdn.evaluation.reliability.finding import FILE, MODEL, Finding, Reliability, read_checks, verdict
 
-__all__ = ["Finding", "verdict"]
+__all__ = ["FILE", "MODEL", "Finding", "Reliability", "read_checks", "verdict"]

@@ -1,0 +1,71 @@
+"""What one call of ``amsdn evaluate`` will do, and what that will cost: a recipe's own suite, or a fixed protocol with its checks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from amsdn.attacks import Attack
+from amsdn.commands.measuring import Measured, fitting, measure
+from amsdn.errors import InputError
+from amsdn.evaluation.cost import planned_seconds
+from amsdn.evaluation.evaluate import EvaluateConfig
+from amsdn.evaluation.protocol import Protocol
+from amsdn.evaluation.reliability.diagnosis import diagnose
+from amsdn.evaluation.shards import WHOLE, Shard
+from amsdn.evaluation.time_left import duration
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attacks by name, how many test images they meet, and with which seed; ``protocol`` where all of this is one's."""
+
+    attacks: Mapping[str, Attack]
+    config: EvaluateConfig
+    samples: int | None
+    headline: Mapping[str, float]
+    protocol: Protocol | None = None
+    planned: Mapping[str, float] = field(default_factory=dict)  # seconds an image and attack
+
+    @classmethod
+    def of_protocol(cls, protocol: Protocol, run: Measured) -> "Plan":
+        """The protocol on this model and data, its cost measured."""
+        attacks = fitting(protocol.attacks(run.model), run.model)
+        checks = {f"{threat} {name}": a for threat, d in protocol.diagnoses().items() for name, a in d.attacks().items()}
+        seconds = planned_seconds(run.model, run.dataset.test, {**attacks, **checks}, protocol.config.batch_size)
+        return cls(attacks, protocol.config, protocol.effort.samples, protocol.headline, protocol, seconds)
+
+    def announcement(self, run: Measured) -> str:
+        """One line for people: what is about to happen, and for how long at most."""
+        images = min(self.samples or len(run.dataset.test), len(run.dataset.test))
+        if self.protocol is None:
+            return f"{len(self.attacks)} attacks on {images} test images of {run.dataset.name}"
+        checked = min(self.protocol.effort.checked, images)
+        own = sum(self.planned[name] for name in self.attacks) * images
+        checks = sum(s for name, s in self.planned.items() if name not in self.attacks) * checked
+        return (
+            f"protocol {self.protocol.name}, version {self.protocol.version}: {len(self.attacks)} attacks on {images} test images of "
+            f"{run.dataset.name}, then checks on {checked} of them; at most {duration(own + checks)} here, if every image resists everything"
+        )
+
+    def carry_out(self, run: Measured, shard: Shard = WHOLE, *, progress: bool = True) -> None:
+        """Attack, and where a protocol is followed and this is the whole, check what came out."""
+        records = measure(
+            run,
+            self.attacks,
+            self.config,
+            self.samples,
+            self.headline,
+            shard=shard,
+            progress=progress,
+            protocol=self.protocol,
+            planned=self.planned,
+        )
+        if self.protocol is not None and shard.whole:
+            checks = self.protocol.diagnoses()
+            diagnose(run.model, run.dataset.test, run.out, checks, self.protocol.effort.checked, records=records, progress=progress)
+
+
+def refuse_changes(protocol: str, changed: Mapping[str, bool]) -> None:
+    """Raise InputError naming the first option that a protocol fixes and that was given all the same."""
+    given = [flag for flag, value in changed.items() if value]
+    if given:
+        raise InputError(f"--protocol {protocol} fixes what {given[0]} says; leave out one of the two")
