@@ -42,6 +42,9 @@ class EvalRecord:
     localisation: float | None  # anomaly map AUROC against the truly changed pixels, None where undefined
     evades: bool = False  # the attack also tried to stay below the detector's threshold
     success: bool | None = None  # the attack's own goal is reached; None: there is no attack, or the row is older than this field
+    confidence: float | None = None  # the model's probability of its prediction; None: the row is older than this field
+    pointing: float | None = None  # pointing game of the anomaly map: its largest value lies on a changed pixel; None where undefined
+    overlap: float | None = None  # intersection over union of {map > 1/2} and the changed pixels; None where undefined
 
     @property
     def key(self) -> Key:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from amsdn.attacks.adaptive import vote_logits
 from amsdn.attacks.base import RESCORE_DRAWS, Attack
 from amsdn.attacks.losses import margin
 from amsdn.errors import InputError
-from amsdn.evaluation.detection import map_auroc
+from amsdn.evaluation.detection import iou, map_auroc, pointing_game
 from amsdn.evaluation.examples import Arrays, Examples, example_arrays
 from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, id_range, model_fingerprint, writing_to
 from amsdn.evaluation.shards import WHOLE, Shard, every_shard, read_shards
@@ -38,6 +38,7 @@ from amsdn.utils.helpers import derive_seed, generator
 CLEAN = "clean"
 SETTINGS = "eval_config.json"
 RECORDS = "eval.jsonl"
+ALARMED = 0.5  # an anomaly map says "changed" above this
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -217,7 +218,7 @@ class _Run:
 
     def _rows(self, name: str, attack: Attack | None, key: str, chunk: list[int], outcome: Outcome) -> list[EvalRecord]:
         local = attack is not None and attack.threat.counts  # "where" has an answer only if a few pixels changed
-        scores, detected, localisation = _detection(self.model, outcome, local)
+        seen = _detection(self.model, outcome, local)
         columns = [getattr(outcome, c).tolist() for c in ("spent", "label", "prediction", "correct", "margin", "forwards", "backwards")]
         successes = [None] * len(chunk) if outcome.success is None else outcome.success.tolist()
         family, budget = (CLEAN, 0.0) if attack is None else (attack.threat.family, float(attack.threat.budget))
@@ -236,14 +237,17 @@ class _Run:
                 margin=float(margin),
                 forwards=int(forwards),
                 backwards=int(backwards),
-                anomaly_score=score,
-                detected=flag,
-                localisation=where,
+                anomaly_score=seen.scores[i],
+                detected=seen.alarms[i],
+                localisation=seen.auroc[i],
                 evades=attack is not None and attack.evades,
                 success=success,
+                confidence=confidence,
+                pointing=seen.pointing[i],
+                overlap=seen.overlap[i],
             )
-            for sample_id, spent, label, prediction, correct, margin, forwards, backwards, score, flag, where, success in zip(
-                chunk, *columns, scores, detected, localisation, successes, strict=True
+            for i, (sample_id, spent, label, prediction, correct, margin, forwards, backwards, success, confidence) in enumerate(
+                zip(chunk, *columns, successes, _confidence(self.model, outcome), strict=True)
             )
         ]
 
@@ -256,7 +260,7 @@ class _Run:
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) -> Outcome:
     """The unattacked images as an outcome: nothing spent, one forward pass (a stochastic model: a vote of several)."""
     _check_answers(model, x)
-    draws = RESCORE_DRAWS if is_stochastic(model) else 1
+    draws = _calls(model)
     logits = model(x).float() if draws == 1 else vote_logits(model, x, draws)  # a random model is scored as attacks score it
     if not bool(logits.isfinite().all()):
         bad = [i for i, ok in zip(chunk, logits.isfinite().all(1).tolist(), strict=True) if not ok]
@@ -285,21 +289,44 @@ def _check_answers(model: nn.Module, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def _detection(model: nn.Module, outcome: Outcome, local: bool) -> tuple[list[Any], list[Any], list[Any]]:
-    """Anomaly scores, decisions and (for local attacks) localisation of the attacked images; all None without a detector.
+def _confidence(model: nn.Module, outcome: Outcome) -> list[float]:
+    """The probability of what was predicted of the attacked images; a random model's is the mean of several calls."""
+    calls = [model(outcome.x_adv).float().softmax(1) for _ in range(_calls(model))]
+    mean = torch.stack(calls).mean(0)
+    return mean.gather(1, outcome.prediction.clamp_min(0).unsqueeze(1)).squeeze(1).nan_to_num().tolist()
+
+
+class Seen(NamedTuple):
+    """What a detector made of attacked images, one entry each; None where there is no detector or nothing to tell."""
+
+    scores: list[Any]
+    alarms: list[Any]
+    auroc: list[Any]
+    pointing: list[Any]
+    overlap: list[Any]
+
+
+@torch.no_grad()
+def _detection(model: nn.Module, outcome: Outcome, local: bool) -> Seen:
+    """Anomaly scores, decisions and (for local attacks) localisation of the attacked images.
 
     A random detector is asked as often as a random classifier: mean score and map, and what most calls decide.
     """
     nothing: list[Any] = [None] * len(outcome.x)
     detector = detector_of(model)
     if detector is None:
-        return nothing, nothing, nothing
-    calls = [detector.analyze(outcome.x_adv) for _ in range(RESCORE_DRAWS if is_stochastic(model) else 1)]
+        return Seen(*[nothing] * 5)
+    calls = [detector.analyze(outcome.x_adv) for _ in range(_calls(model))]
     scores, alarms, maps = (
         sum(getattr(call, name).float() for call in calls) / len(calls) for name in ("anomaly_score", "detected", "anomaly_map")
     )
-    localisation = map_auroc(maps, changed_pixels(outcome.x_adv, outcome.x)) if local else nothing
-    return scores.tolist(), (alarms > 0.5).tolist(), localisation
+    changed = changed_pixels(outcome.x_adv, outcome.x)
+    where = (map_auroc(maps, changed), pointing_game(maps, changed), iou(maps, changed, ALARMED)) if local else [nothing] * 3
+    return Seen(scores.tolist(), (alarms > 0.5).tolist(), *where)
+
+
+def _calls(model: nn.Module) -> int:
+    return RESCORE_DRAWS if is_stochastic(model) else 1
 
 
 def hash_of(attack: Attack | None) -> str:

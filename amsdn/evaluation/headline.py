@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amsdn.evaluation.reliability.finding import MODEL
-from amsdn.evaluation.summary import complete_table, headline_radii
+from amsdn.evaluation.summary import headline_radii
+from amsdn.evaluation.table import complete_table
 from amsdn.records import CertRecord, EvalRecord
 
 GROUPS = {"accuracy": "Right answers", "certified": "Right answers with a certificate", "detection": "Alarms"}

@@ -5,10 +5,11 @@ binomial one. The computations are SciPy's; this file fixes the conventions and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import fsum, sqrt
 from typing import Any
 
-from scipy.special import betaincinv
+from scipy.special import betaincinv, ndtri
 from scipy.stats import binomtest  # type: ignore[attr-defined]
 
 CONFIDENCE = 0.95
@@ -64,6 +65,32 @@ def proportion(successes: int, n: int, confidence: float = CONFIDENCE) -> Propor
 def share(hits: Sequence[bool], confidence: float = CONFIDENCE) -> Proportion:
     """The share of True among ``hits`` with its Wilson interval."""
     return proportion(sum(hits), len(hits), confidence)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of n values with its interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that report.json holds."""
+        return asdict(self)
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
+    """The mean of at least one value in [0,1], with Wilson's interval of a proportion of that size.
+
+    It is conservative: no variable in [0,1] varies more than one that is only ever 0 or 1 and has the same mean. Where all values are, it is ``wilson``.
+    """
+    assert values, "no values"
+    n, value, z = len(values), fsum(values) / len(values), float(ndtri((1 + confidence) / 2))
+    centre, half = value + z**2 / (2 * n), z * sqrt(value * (1 - value) / n + z**2 / (4 * n**2))
+    low, high = ((centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return Mean(value, min(max(low, 0.0), value), max(min(high, 1.0), value), n)
 
 
 @dataclass(frozen=True)

@@ -5,65 +5,20 @@ others is stated. A sample that is misclassified without an attack counts as bro
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from amsdn.errors import InputError
-from amsdn.evaluation.detection import auroc, roc_points, tpr_at_fpr
-from amsdn.evaluation.statistics import CONFIDENCE, proportion, share
+from amsdn.evaluation.calibration import Calibration, calibration
+from amsdn.evaluation.detection import auroc, roc_points, threshold_at_fpr, tpr_at_fpr
+from amsdn.evaluation.statistics import CONFIDENCE, mean_interval, proportion, share
+from amsdn.evaluation.table import Table, complete_table
 from amsdn.records import CertRecord, EvalRecord
 
-CLEAN = "clean"
 FPR = 0.05
+FPRS = (0.01, 0.05)  # at which rejection is judged
 RADIUS_STEP = 0.05  # of the certified curve for l2; pixel certificates go by whole pixels
-
-
-@dataclass(frozen=True)
-class Table:
-    """The complete part of a set of rows: one row per attack and sample, clean first, samples in the same order everywhere."""
-
-    sample_ids: tuple[int, ...]
-    rows: Mapping[str, tuple[EvalRecord, ...]]  # by attack name
-    dropped: int  # samples left out because some attack has no row for them
-
-    @property
-    def clean(self) -> tuple[EvalRecord, ...]:
-        return self.rows[CLEAN]
-
-    @property
-    def attacks(self) -> dict[str, tuple[EvalRecord, ...]]:
-        """Everything but the clean rows."""
-        return {name: rows for name, rows in self.rows.items() if name != CLEAN}
-
-    def budgets(self) -> dict[str, list[float]]:
-        """The evaluated budgets of each family, growing."""
-        found: dict[str, set[float]] = {}
-        for rows in self.attacks.values():
-            found.setdefault(rows[0].family, set()).add(rows[0].budget)
-        return {family: sorted(budgets) for family, budgets in found.items()}
-
-    def broken(self, family: str, budget: float) -> list[bool]:
-        """Per sample: misclassified clean, or fooled by any attack of the family within the budget.
-
-        Threat sets are nested, so an attack with a smaller budget counts, and so does one with a larger budget
-        whose image happens to spend no more than this one.
-        """
-        return self._worst(family, budget, lambda row: not row.correct)
-
-    def unnoticed(self, family: str, budget: float) -> list[bool] | None:
-        """As ``broken``, but only misclassified images count that the model's detector lets pass; None without a detector."""
-        if any(row.detected is None for rows in self.rows.values() for row in rows):
-            return None
-        return self._worst(family, budget, lambda row: not row.correct and not row.detected)
-
-    def _worst(self, family: str, budget: float, bad: Callable[[EvalRecord], bool]) -> list[bool]:
-        hit = [bad(row) for row in self.clean]
-        limit = budget * (1 + 1e-6)  # a budget typed by hand need not equal the recorded float
-        for rows in self.attacks.values():
-            if rows[0].family == family:
-                hit = [h or (bad(row) and min(row.budget, row.spent) <= limit) for h, row in zip(hit, rows, strict=True)]
-        return hit
 
 
 def summarise(
@@ -83,6 +38,9 @@ def summarise(
     - threats: worst case over attacks per image, one entry per family and budget: family, budget, attacks, robust_accuracy,
       unnoticed (proportion of images that some attack, or none at all, turns wrong without being detected; None without a
       detector) and evading (the attacks among them that also tried to stay undetected);
+      Also rejecting (see ``_rejecting``): what rejecting suspicious images at given rates of false alarms is worth;
+    - calibration: by attack and for ``clean``, see ``calibration``; empty where rows hold no confidence;
+    - classes: by label, what is right clean and under each headline threat, and n;
     - curves: by family, the same entries as points of a security curve: budget, robust_accuracy;
     - headline: the budget per family (the largest evaluated, unless one is given that was evaluated) and
       union: robust accuracy when the attacker may choose among all these families, per image (None without any);
@@ -117,40 +75,18 @@ def summarise(
                 "robust_accuracy": robust(table.broken(f, b)),
                 "unnoticed": None if (hits := table.unnoticed(f, b)) is None else share(hits, confidence).as_dict(),
                 "evading": [name for name in names if table.rows[name][0].evades],
+                "rejecting": _rejecting(table, f, b, confidence),
             }
             for f, found in budgets.items()
             for b in found
         ],
+        "calibration": {name: asdict(found) for name, rows in table.rows.items() if (found := _calibration(rows, confidence))},
+        "classes": _by_class(table, chosen, confidence),
         "curves": curves,
         "headline": chosen,
         "union": robust([any(hits) for hits in zip(*by_family, strict=True)]) if by_family else None,
         "certified": summarise_certificates(cert_records, radii or {}, confidence),
     }
-
-
-def complete_table(records: Iterable[EvalRecord]) -> Table:
-    """Sort rows by attack, keep the samples that have all of them; raises InputError where rows contradict one another."""
-    by_attack: dict[str, dict[int, EvalRecord]] = {}
-    for row in records:
-        rows = by_attack.setdefault(row.attack, {})
-        if row.sample_id in rows:
-            raise InputError(f"two rows of attack {row.attack!r} for sample {row.sample_id}; summarise one run at a time")
-        first = next(iter(rows.values()), row)
-        if (row.config_hash, row.seed, row.family, row.budget) != (first.config_hash, first.seed, first.family, first.budget):
-            raise InputError(f"attack {row.attack!r} has rows of two configurations or seeds; summarise one run at a time")
-        rows[row.sample_id] = row
-    if CLEAN not in by_attack:
-        raise InputError("no rows of the unattacked images (attack 'clean'); run amsdn evaluate first")
-    everywhere = set.intersection(*(set(rows) for rows in by_attack.values()))
-    if not everywhere:
-        raise InputError("no sample has rows for every attack yet; let amsdn evaluate finish")
-    seen = set.union(*(set(rows) for rows in by_attack.values()))
-    ids = tuple(sorted(everywhere))
-    for name, rows in by_attack.items():
-        if any(rows[i].label != by_attack[CLEAN][i].label for i in ids):
-            raise InputError(f"attack {name!r} and the clean rows disagree about labels; they are not of one data set")
-    table = {name: tuple(rows[i] for i in ids) for name, rows in sorted(by_attack.items(), key=lambda item: item[0] != CLEAN)}
-    return Table(ids, table, len(seen) - len(everywhere))
 
 
 def summarise_attack(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], confidence: float = CONFIDENCE) -> dict[str, Any]:
@@ -159,7 +95,8 @@ def summarise_attack(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], co
     family, budget, evades, robust_accuracy (proportion), successes (clean-correct, then fooled), mean_forwards and mean_backwards
     (passes per sample that was attacked at all, that is clean-correct), detection (see ``summarise_detection``),
     wrong_undetected (proportion of all samples that are misclassified under attack and pass the model's own detector) and
-    localisation (mean over successful attacks of the anomaly map's AUROC, with n); the last three are None where undefined.
+    localisation (over successful attacks: mean of the anomaly map's AUROC, n, pointing and overlap, see EvalRecord, as value, low and high);
+    the last three are None where undefined.
     """
     attempted = [row for row, before in zip(rows, clean, strict=True) if before.correct]
     successes = [row for row in attempted if not row.correct]
@@ -174,7 +111,7 @@ def summarise_attack(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], co
         "mean_backwards": _mean([row.backwards for row in attempted]),
         "detection": summarise_detection(rows, clean, confidence),
         "wrong_undetected": _wrong_undetected(rows, confidence),
-        "localisation": {"mean": _mean(located), "n": len(located)} if located else None,
+        "localisation": {"mean": _mean(located), "n": len(located), **_pointing(successes, confidence)} if located else None,
     }
 
 
@@ -286,6 +223,51 @@ def _wrong_undetected(rows: Sequence[EvalRecord], confidence: float) -> dict[str
 
 def _scores(rows: Sequence[EvalRecord]) -> list[float]:
     return [row.anomaly_score for row in rows if row.anomaly_score is not None]
+
+
+def _pointing(rows: Sequence[EvalRecord], confidence: float) -> dict[str, Any]:
+    """Means of the pointing game and of the overlap, each with a normal interval; None where rows are older than these fields."""
+    found = {}
+    for name in ("pointing", "overlap"):
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        found[name] = mean_interval(values, confidence).as_dict() if values else None
+    return found
+
+
+def _rejecting(table: Table, family: str, budget: float, confidence: float) -> list[dict[str, Any]] | None:
+    """For each of FPRS, the threshold that rejects at most that share of the clean images, and with it: kept (clean images right and not
+    rejected) and safe (images that no attack turns wrong without being rejected; those wrong and accepted clean are not). None without a detector.
+    """
+    scores = _scores(table.clean)
+    if len(scores) < len(table.clean):
+        return None
+    found = []
+    for fpr in FPRS:
+        threshold = threshold_at_fpr(scores, fpr)
+        deceived = table.deceived(family, budget, threshold)
+        if deceived is None:
+            return None
+        kept = [row.correct and score <= threshold for row, score in zip(table.clean, scores, strict=True)]
+        safe = share([not hit for hit in deceived], confidence).as_dict()
+        found.append({"fpr": fpr, "threshold": threshold, "kept": share(kept, confidence).as_dict(), "safe": safe})
+    return found
+
+
+def _calibration(rows: Sequence[EvalRecord], confidence: float) -> Calibration | None:
+    sure = [row.confidence for row in rows if row.confidence is not None]
+    return calibration(sure, [row.correct for row in rows], confidence) if len(sure) == len(rows) else None
+
+
+def _by_class(table: Table, headline: Mapping[str, float], confidence: float) -> list[dict[str, Any]]:
+    """One entry a label that occurs: label, n, clean, and robust by family at the headline budget."""
+    broken = {family: table.broken(family, budget) for family, budget in headline.items()}
+    found = []
+    for label in sorted({row.label for row in table.clean}):
+        at = [i for i, row in enumerate(table.clean) if row.label == label]
+        robust = {family: share([not hits[i] for i in at], confidence).as_dict() for family, hits in broken.items()}
+        clean = share([table.clean[i].correct for i in at], confidence).as_dict()
+        found.append({"label": label, "n": len(at), "clean": clean, "robust": robust})
+    return found
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from amsdn.evaluation.statistics import clopper_pearson, clopper_pearson_lower, mcnemar, proportion, share, wilson
+from amsdn.evaluation.statistics import clopper_pearson, clopper_pearson_lower, mcnemar, mean_interval, proportion, share, wilson
 
 
 @st.composite
@@ -83,3 +84,17 @@ def test_mcnemar_is_the_sign_test_on_disagreements(pairs: list[tuple[bool, bool]
 def test_mcnemar_needs_the_same_samples() -> None:
     with pytest.raises(ValueError, match="zip"):
         mcnemar([True], [True, False])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_a_means_interval_is_wilsons_where_values_are_zero_or_one(hits: list[bool]) -> None:
+    found = mean_interval([float(hit) for hit in hits])
+    assert (found.low, found.high) == (pytest.approx(wilson(sum(hits), len(hits))[0]), pytest.approx(wilson(sum(hits), len(hits))[1]))
+    assert (found.value, found.n) == (pytest.approx(sum(hits) / len(hits)), len(hits))
+
+
+def test_a_means_interval_covers_the_truth_of_values_in_between() -> None:
+    rng = np.random.default_rng(0)
+    found = [mean_interval(list(rng.beta(2, 5, 30))) for _ in range(400)]
+    covered = sum(mean.low <= 2 / 7 <= mean.high for mean in found) / len(found)
+    assert covered >= 0.95

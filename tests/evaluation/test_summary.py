@@ -1,6 +1,7 @@
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from evaluation_toys import cert_row, eval_row
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from amsdn.errors import InputError
 from amsdn.evaluation.detection import auroc
 from amsdn.evaluation.statistics import proportion
-from amsdn.evaluation.summary import certified_curve, complete_table, default_radii, summarise
+from amsdn.evaluation.summary import certified_curve, default_radii, summarise
+from amsdn.evaluation.table import complete_table
 from amsdn.records import EvalRecord
 
 ATTACKS = {"a5": ("sparse", 5.0), "b5": ("sparse", 5.0), "a9": ("sparse", 9.0), "p4": ("patch", 4.0)}
@@ -99,6 +101,47 @@ def test_worst_cases_against_brute_force(samples: list[tuple[bool, ...]], shuffl
     assert {k: again["attacks"][k] for k in ATTACKS} == {k: found["attacks"][k] for k in ATTACKS}
 
 
+def test_rejection_by_hand() -> None:
+    """Twenty clean scores: at 5 % one may be rejected, at 1 % none; under attack sample 0 is right, 1 to 3 wrong with growing scores."""
+    clean = [eval_row(i, correct=i != 19, anomaly_score=i / 100, detected=False) for i in range(20)]
+    scores = {1: 0.1, 2: 0.185, 3: 0.5}
+    attacked = [
+        eval_row(i, "a5", correct=i not in (1, 2, 3, 19), family="sparse", budget=5.0, anomaly_score=scores.get(i, 0.0), detected=False)
+        for i in range(20)
+    ]
+    strict, usual = summarise(clean + attacked)["threats"][0]["rejecting"]
+    assert (strict["fpr"], strict["threshold"], usual["fpr"], usual["threshold"]) == (0.01, 0.19, 0.05, 0.18)
+    assert (count(strict["kept"]), count(usual["kept"])) == ((19, 20), (19, 20))  # the clean image that is rejected is wrong anyway
+    assert (count(strict["safe"]), count(usual["safe"])) == ((17, 20), (18, 20))  # 19 is wrong clean: at 1 % it is accepted
+    without = summarise([replace(row, anomaly_score=None) for row in clean + attacked])
+    assert without["threats"][0]["rejecting"] is None
+
+
+def test_classes_and_calibration_by_hand() -> None:
+    rows = [replace(row, label=row.sample_id % 2, confidence=0.75) for row in rows_of(flags("1101"), a5=flags("1001"), p4=flags("0101"))]
+    found = summarise(rows)
+    even, odd = found["classes"]
+    assert (even["label"], even["n"], count(even["clean"]), count(even["robust"]["sparse"]), count(even["robust"]["patch"])) == (
+        0,
+        2,
+        (1, 2),
+        (1, 2),
+        (0, 2),
+    )
+    assert (odd["label"], count(odd["clean"]), count(odd["robust"]["sparse"]), count(odd["robust"]["patch"])) == (1, (2, 2), (1, 2), (2, 2))
+    assert {name: told["error"] for name, told in found["calibration"].items()} == {"clean": 0.0, "a5": 0.25, "p4": 0.25}
+    assert summarise(rows_of(flags("11")))["calibration"] == {}  # rows from before there was a confidence
+
+
+def test_pointing_and_overlap_are_means_over_successful_attacks() -> None:
+    rows = detected_rows([(0.1, 0.9)] * 4, clean="1111", attacked="0001", flagged="0000")
+    rows = [replace(r, pointing=float(r.sample_id % 2), overlap=r.sample_id / 4) if r.attack == "a5" else r for r in rows]
+    found = summarise(rows)["attacks"]["a5"]["localisation"]
+    assert (found["pointing"]["value"], found["pointing"]["n"]) == (pytest.approx(1 / 3), 3)
+    assert found["overlap"]["value"] == pytest.approx(0.25)
+    assert found["overlap"]["low"] <= 0.25 <= found["overlap"]["high"]
+
+
 def detected_rows(scores: list[tuple[float, float]], clean: str, attacked: str, flagged: str) -> list[EvalRecord]:
     """(clean score, attacked score) per sample; ``flagged`` is the model's own decision under attack."""
     rows = [
@@ -125,7 +168,7 @@ def test_detection_is_about_successful_attacks() -> None:
     assert count(detection["flagged"]) == (1, 3)
     assert count(attack["wrong_undetected"]) == (3, 5)  # samples 1, 2 and the clean-wrong one
     assert count(found["false_positives"]) == (1, 5)
-    assert attack["localisation"] == {"mean": pytest.approx((0.9 + 0.15 + 0.7) / 3), "n": 3}
+    assert attack["localisation"] == {"mean": pytest.approx((0.9 + 0.15 + 0.7) / 3), "n": 3, "pointing": None, "overlap": None}
 
 
 def test_unnoticed_is_the_worst_case_over_attacks_that_evade_and_those_that_do_not() -> None:

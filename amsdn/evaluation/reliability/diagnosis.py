@@ -42,7 +42,7 @@ from amsdn.evaluation.reliability.result_checks import (
     stronger_wins,
 )
 from amsdn.evaluation.run_folder import Samples
-from amsdn.evaluation.summary import complete_table
+from amsdn.evaluation.table import complete_table
 from amsdn.records import EvalRecord, write_json
 from amsdn.utils.helpers import generator
 
