@@ -1,9 +1,10 @@
-"""Counts with honest error bars: binomial intervals and a paired test.
+"""Counts with honest error bars: binomial intervals, and what two models on the same samples say about their difference.
 
 Every accuracy in a report is a count of successes in n independent samples, so every interval here is a
 binomial one. The computations are SciPy's; this file fixes the conventions and the text form.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import fsum, sqrt
@@ -113,6 +114,53 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     only_second = sum(b and not a for a, b in pairs)
     p_value = float(binomtest(only_first, only_first + only_second, 0.5).pvalue) if only_first + only_second else 1.0
     return PairedTest(only_first, only_second, p_value)
+
+
+def newcombe_paired(both: int, only_first: int, only_second: int, neither: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """An interval for the difference of two accuracies (first minus second) on the same samples, within [-1,1]; (-1, 1) without samples.
+
+    The arguments count the samples that both, only one, or neither model got right. Newcombe 1998 ("Improved confidence intervals for the
+    difference between binomial proportions based on paired data", Statistics in Medicine 17), method 10: the Wilson intervals of the two
+    accuracies, squared and added as if they were standard errors of variables correlated by phi, a correlation corrected for continuity.
+    """
+    counts = (both, only_first, only_second, neither)
+    assert min(counts) >= 0, counts
+    n = sum(counts)
+    if n == 0:
+        return -1.0, 1.0
+    first, second = (both + only_first) / n, (both + only_second) / n
+    (low_1, high_1), (low_2, high_2) = (wilson(both + only, n, confidence) for only in (only_first, only_second))
+    phi = _corrected_phi(both, only_first, only_second, neither)
+    difference = (only_first - only_second) / n
+    return difference - _added(first - low_1, high_2 - second, phi), difference + _added(high_1 - first, second - low_2, phi)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for their number, in their order: rejecting those of at most alpha errs anywhere with at most that probability.
+
+    Holm 1979 ("A simple sequentially rejective multiple test procedure"); the tests may depend on one another in any way.
+    """
+    assert all(0 <= p <= 1 for p in p_values), list(p_values)
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
+    """Newcombe's correlation of two paired outcomes: pulled towards 0 where positive, and 0 where an outcome never varies."""
+    n = both + only_first + only_second + neither
+    margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    product = both * neither - only_first * only_second
+    corrected = max(product - n / 2, 0.0) if product > 0 else float(product)
+    return corrected / math.sqrt(margins) if margins else 0.0
+
+
+def _added(a: float, b: float, phi: float) -> float:
+    """The spread of the difference of two errors of spreads a and b that are correlated by phi."""
+    return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
 
 
 def _interval(successes: int, n: int, confidence: float, method: str) -> tuple[float, float]:

@@ -1,4 +1,6 @@
 import math
+from functools import cache
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -6,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from amsdn.evaluation.statistics import clopper_pearson, clopper_pearson_lower, mcnemar, mean_interval, proportion, share, wilson
+from amsdn.evaluation.statistics import (
+    clopper_pearson,
+    clopper_pearson_lower,
+    holm,
+    mcnemar,
+    mean_interval,
+    newcombe_paired,
+    proportion,
+    share,
+    wilson,
+)
 
 
 @st.composite
@@ -98,3 +110,86 @@ def test_a_means_interval_covers_the_truth_of_values_in_between() -> None:
     found = [mean_interval(list(rng.beta(2, 5, 30))) for _ in range(400)]
     covered = sum(mean.low <= 2 / 7 <= mean.high for mean in found) / len(found)
     assert covered >= 0.95
+
+
+tables = st.tuples(*[st.integers(0, 30)] * 4).filter(any)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [  # Newcombe's own results (1998), as the tests of the R package propint quote them: both, only first, only second, neither
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((18, 12, 2, 18), 0.0562, 0.3290),
+        ((53, 0, 0, 1), -0.0729, 0.0729),
+        ((0, 30, 0, 0), 0.8395, 1.0),
+    ],
+)
+def test_paired_interval_is_the_published_one(table: tuple[int, int, int, int], low: float, high: float) -> None:
+    assert newcombe_paired(*table) == pytest.approx((low, high), abs=6e-5)
+
+
+@given(tables, st.sampled_from([0.8, 0.95, 0.999]))
+def test_paired_interval_holds_the_difference_and_mirrors_it(table: tuple[int, int, int, int], confidence: float) -> None:
+    both, first, second, neither = table
+    low, high = newcombe_paired(*table, confidence)
+    assert -1 <= low <= (first - second) / sum(table) <= high <= 1
+    assert newcombe_paired(both, second, first, neither, confidence) == pytest.approx((-high, -low))
+    assert newcombe_paired(neither, second, first, both, confidence) == pytest.approx((-high, -low))  # counting errors instead
+
+
+@given(tables)
+def test_without_correlation_it_is_the_interval_of_independent_samples(table: tuple[int, int, int, int]) -> None:
+    both, first, second, neither = table
+    n, product = sum(table), both * neither - first * second
+    if not 0 <= product <= n / 2:  # phi is 0 just there, and where an outcome never varies
+        return
+    proportions = pytest.importorskip("statsmodels.stats.proportion")
+    independent = proportions.confint_proportions_2indep(both + first, n, both + second, n, method="newcomb", compare="diff")
+    assert newcombe_paired(*table) == pytest.approx(independent, abs=1e-9)
+
+
+@cache
+def paired_limits(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
+    return newcombe_paired(both, first, second, neither)
+
+
+@pytest.mark.parametrize(
+    "truth", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.1, 0.05, 0.15), (0.5, 0.2, 0.1, 0.2), (0.05, 0.6, 0.05, 0.3), (0.9, 0.04, 0.03, 0.03)]
+)
+def test_paired_interval_covers_the_truth_as_often_as_it_says(truth: tuple[float, float, float, float]) -> None:
+    n, covered = 15, 0.0
+    for both in range(n + 1):
+        for first in range(n + 1 - both):
+            for second in range(n + 1 - both - first):
+                table = (both, first, second, n - both - first - second)
+                low, high = paired_limits(*table)
+                if low <= truth[1] - truth[2] <= high:
+                    ways = math.factorial(n) / math.prod(map(math.factorial, table))
+                    covered += ways * math.prod(p**k for p, k in zip(truth, table, strict=True))
+    assert covered >= 0.94
+
+
+def test_no_pairs_say_nothing() -> None:
+    assert newcombe_paired(0, 0, 0, 0) == (-1.0, 1.0)
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_holm_is_the_closed_test_by_bonferroni(p_values: list[float]) -> None:
+    """A hypothesis falls with every set of hypotheses it is in, each tested by its smallest p-value times its size."""
+    everything = range(len(p_values))
+    sets = [chosen for size in everything for chosen in combinations(everything, size + 1)]
+    worst = [max(min(1.0, len(s) * min(p_values[j] for j in s)) for s in sets if i in s) for i in everything]
+    assert holm(p_values) == pytest.approx(worst)
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+def test_holm_is_the_one_of_statsmodels(n: int) -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p_values = [0.03 * (i * 17 % n) / n for i in range(n)]
+    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
+
+
+def test_one_test_needs_no_adjustment_and_none_gives_none() -> None:
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
