@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "clean and robust accuracy, detection, per-image worst case",
     "certify": "certificates against L2 changes, patches and few pixels, cross-checked by attacks",
     "predict": "classify image files and show where they look attacked",
+    "compare": "two evaluated runs image by image: which differences are shown",
     "report": "one page from one or more evaluated runs",
 }
 

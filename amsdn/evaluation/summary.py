@@ -51,9 +51,7 @@ def summarise(
     """
     table = complete_table(eval_records)
     budgets = table.budgets()
-    largest = {family: found[-1] for family, found in budgets.items()}
-    asked = {f: b for f, b in (headline or largest).items() if f in budgets} or largest
-    chosen = {f: float(b) if _evaluated(b, budgets[f]) else largest[f] for f, b in asked.items()}
+    chosen = headline_budgets(table, headline)
 
     def robust(broken: Sequence[bool]) -> dict[str, Any]:
         return share([not b for b in broken], confidence).as_dict()
@@ -87,6 +85,14 @@ def summarise(
         "union": robust([any(hits) for hits in zip(*by_family, strict=True)]) if by_family else None,
         "certified": summarise_certificates(cert_records, radii or {}, confidence),
     }
+
+
+def headline_budgets(table: Table, asked: Mapping[str, float] | None) -> dict[str, float]:
+    """By family the budget worth a headline: the asked one where it was evaluated, else the largest; every family if none is asked for."""
+    budgets = table.budgets()
+    largest = {family: found[-1] for family, found in budgets.items()}
+    known = {f: b for f, b in (asked or largest).items() if f in budgets} or largest
+    return {f: float(b) if _evaluated(b, budgets[f]) else largest[f] for f, b in known.items()}
 
 
 def summarise_attack(rows: Sequence[EvalRecord], clean: Sequence[EvalRecord], confidence: float = CONFIDENCE) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_the_commands_it_names_exist() -> None:
     words = [shlex.split(line, comments=True)[1:] for line in lines]
     assert {w[0] for w in words} == set(COMMANDS)
     for command, *rest in words:
-        if rest and command not in ("report", "predict", "patch"):
+        if rest and command not in ("compare", "report", "predict", "patch"):
             assert rest[0] in (ATTACKS if command == "attack" else RECIPES), [command, *rest]
 
 

@@ -38,6 +38,12 @@ def write_run(folder: Path, *, defended: bool = True, detector: bool = True, str
     return folder
 
 
+def add_settings(folder: Path, data: str = "toy images", model: str = "") -> Path:
+    """The settings file that every evaluation leaves; without it two runs cannot be compared."""
+    (folder / "eval_config.json").write_text(json.dumps({"data": data, "model": model or folder.name, "seed": 0}))
+    return folder
+
+
 def add_certificates(folder: Path, radius: float = 0.5) -> None:
     """Ten certificates: eight right at ``radius``, one wrong there, one abstention."""
     rows = [CertRecord(i, "c", 0, "l2", 0, 0, radius, True, 1100, 0.5) for i in range(8)]
