@@ -48,7 +48,9 @@ def edit(folder: Path, change: Edit) -> Path:
 
 
 def judge(folder: Path, **verdicts: str) -> None:
-    (folder / "reliability.json").write_text(json.dumps({"threats": {name: {"reliable": told, "findings": []} for name, told in verdicts.items()}}))
+    (folder / "reliability.json").write_text(
+        json.dumps({"threats": {name: {"reliable": told, "findings": []} for name, told in verdicts.items()}})
+    )
 
 
 def test_counts_are_those_made_by_eye(a: Path, b: Path) -> None:
@@ -348,7 +350,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "label of image 0",
     ),
     "broken reliability": (lambda b: (b / "reliability.json").write_text("{"), "reliability.json: not the checks of an evaluation"),
-    "reliability without a verdict": (lambda b: (b / "reliability.json").write_text('{"threats": {"patch": {}}}'), "reliability.json: not the checks of an evaluation"),
+    "reliability without a verdict": (
+        lambda b: (b / "reliability.json").write_text('{"threats": {"patch": {}}}'),
+        "reliability.json: not the checks of an evaluation",
+    ),
 }
 
 

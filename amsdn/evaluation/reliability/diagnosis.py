@@ -33,7 +33,7 @@ from amsdn.evaluation.evaluate import CLEAN, EvaluateConfig, evaluate
 from amsdn.evaluation.reliability.binarization import binarization_test
 from amsdn.evaluation.reliability.finding import FILE, MODEL, Finding, Reliability
 from amsdn.evaluation.reliability.model_checks import model_findings
-from amsdn.evaluation.reliability.path_checks import path_findings
+from amsdn.evaluation.reliability.path_checks import path_findings, transfer_finding
 from amsdn.evaluation.reliability.result_checks import (
     effort_is_enough,
     falls_with_budget,
@@ -152,6 +152,8 @@ def diagnose(
         draw = generator(x.device, config.seed, "reliability", threat)
         found[threat] = row_findings(rows, diagnosis, worst_case(records, diagnosis, range(count)))
         found[threat] += path_findings(model, diagnosis.attack, x, y, draw)
+        transfer = transfer_finding(model, diagnosis.attack, x, y, draw)
+        found[threat] += [] if transfer is None else [transfer]
         found[threat].append(binarization_test(model, x[:BINARIZED_IMAGES], diagnosis.strongest, draw))
     reliability = Reliability(found)
     write_json(out / FILE, reliability.as_dict())

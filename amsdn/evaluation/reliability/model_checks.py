@@ -8,7 +8,7 @@ from torch import Tensor
 from amsdn.attacks.base import Victim
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal
 from amsdn.evaluation.reliability.finding import Finding
-from amsdn.protocols import Classifier, is_stochastic
+from amsdn.protocols import Classifier, detector_of, is_stochastic, threshold_of
 
 ROUNDING = 1e-3  # relative to the largest logit: what other company, or another call, may change of an answer
 SUMS_TO_ONE = 1e-4
@@ -49,6 +49,29 @@ def judges_alone(model: Classifier, x: Tensor, y: Tensor) -> Finding:
     return Finding("judges alone", moved <= ROUNDING, moved, ROUNDING, told)
 
 
+def detects_openly(model: Classifier, x: Tensor, y: Tensor) -> Finding:
+    """The detector is part of the same model: it answers as the model does, judges every image alone, and alarms where it says it does.
+
+    Else attacks that climb its score, or stay below its threshold, look at something else than what judges them.
+    """
+    detector = detector_of(model)
+    if detector is None or is_stochastic(model):
+        return Finding("detects openly", True, 0.0, ROUNDING, "not applicable without a detector, or to a random one")
+    with torch.no_grad():
+        together, half = detector.analyze(x), detector.analyze(x[: max(len(x) // 2, 1)])
+    own = _logits(model, x)
+    answers = (together.logits.float() - own).abs().amax() / _scale(own)
+    company = (together.anomaly_score[: len(half.anomaly_score)] - half.anomaly_score).abs().amax()
+    threshold = threshold_of(model)
+    silent = 0.0 if threshold is None else float((together.detected != (together.anomaly_score > threshold.to(x.device))).float().mean())
+    moved = max(float(answers), float(company), silent)
+    told = (
+        f"the detector's answers differ from the model's by {float(answers):.2g} of the largest logit, its scores by {float(company):.2g} in other "
+        f"company, and {100 * silent:.0f} % of alarms are not where score and threshold say: attacks on it aim at something else than what judges them"
+    )
+    return Finding("detects openly", moved <= ROUNDING, moved, ROUNDING, told)
+
+
 def gives_logits(model: Classifier, x: Tensor, y: Tensor) -> Finding:
     """The outputs are no probabilities: losses take another softmax of them, which flattens every gradient."""
     answers = _logits(model, x)
@@ -86,7 +109,14 @@ def leads_up(model: Classifier, x: Tensor, y: Tensor) -> Finding:
     return Finding("leads up", share >= LEADS_UP, share, LEADS_UP, told)
 
 
-CHECKS: tuple[Callable[[Classifier, Tensor, Tensor], Finding], ...] = (repeats, judges_alone, gives_logits, has_gradients, leads_up)
+CHECKS: tuple[Callable[[Classifier, Tensor, Tensor], Finding], ...] = (
+    repeats,
+    judges_alone,
+    detects_openly,
+    gives_logits,
+    has_gradients,
+    leads_up,
+)
 
 
 def _logits(model: Classifier, x: Tensor) -> Tensor:

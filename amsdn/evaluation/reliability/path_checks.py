@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amsdn.attacks.base import Attack
+from amsdn.attacks.base import Attack, Victim
 from amsdn.attacks.losses import margin
 from amsdn.evaluation.reliability.finding import Finding
+from amsdn.evaluation.reliability.result_checks import transfers
 from amsdn.protocols import Classifier, is_stochastic, surrogate_of
 
 LAST = 10  # calls at the end of the path
@@ -63,6 +64,19 @@ def path_findings(model: Classifier, attack: Attack, x: Tensor, y: Tensor, gener
     path = torch.stack(log.margins)  # [calls,N]
     generator.set_state(state)
     return [has_settled(path), keeps_success(path, attack(model, x, y, generator=generator).prediction != y)]
+
+
+def transfer_finding(model: Classifier, attack: Attack, x: Tensor, y: Tensor, generator: torch.Generator) -> Finding | None:
+    """Whether what fools the model's own surrogate, attacked by itself, fools the model; None where it declares no surrogate."""
+    surrogate = surrogate_of(model) if isinstance(model, nn.Module) else None
+    if surrogate is None:
+        return None
+    surrogate = surrogate.eval()
+    victims = Victim.of(surrogate, len(x), x.device), Victim.of(model, len(x), x.device)
+    right = torch.stack([victim.rescore(x)[0].argmax(1) == y for victim in victims]).all(0)
+    x_adv = attack(surrogate, x, y, generator=generator).x_adv
+    on_surrogate, on_model = (right & (victim.rescore(x_adv)[0].argmax(1) != y) for victim in victims)
+    return transfers(on_surrogate, on_model)
 
 
 def has_settled(path: Tensor) -> Finding:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import FLAWS, DeadPlateau, Honest, ScaledUp, images
+from toys import FLAWS, DeadPlateau, Honest, LeakyDetector, ScaledUp, SecretDetector, images
 
 from amsdn.evaluation.reliability import verdict
 from amsdn.evaluation.reliability.model_checks import has_gradients, model_findings
@@ -32,6 +32,14 @@ def test_a_flaw_is_caught_by_its_check(check: str, seed: int) -> None:
 def test_gradients_that_vanish_in_rounding_or_on_a_plateau_are_missed(flaw: type) -> None:
     inner, x = Honest(), images(24)
     assert not has_gradients(flaw(inner).eval(), x, inner(x).argmax(1)).passed
+
+
+@pytest.mark.parametrize("flaw", [LeakyDetector, SecretDetector])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_detector_that_leaks_or_decides_in_secret_is_caught(flaw: type, seed: int) -> None:
+    inner, x = Honest(seed), images(24, seed)
+    found = {f.check: f.passed for f in model_findings(flaw(inner).eval(), x, inner(x).argmax(1))}
+    assert [check for check, passed in found.items() if not passed] == ["detects openly"]
 
 
 def test_amsdn_passes_by_its_surrogate() -> None:

@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import Honest, images
 
 from amsdn.attacks import PatchPGD, PGDAttack
 from amsdn.attacks.base import Attack, Victim
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal
-from amsdn.evaluation.reliability.path_checks import Log, Recorder, has_settled, keeps_success, path_findings
+from amsdn.evaluation.reliability.path_checks import Log, Recorder, has_settled, keeps_success, path_findings, transfer_finding
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
 from amsdn.threats import LinfBall
 
@@ -85,3 +85,31 @@ def test_recording_changes_nothing_and_reaches_the_surrogate() -> None:
     assert torch.equal(ours.x_adv, plain.x_adv)
     assert torch.equal(ours.forwards, plain.forwards)
     assert len(log.margins) >= 5
+
+
+class Behind(nn.Module):
+    """A network that declares another one as its surrogate."""
+
+    def __init__(self, inner: nn.Module, surrogate: nn.Module | None) -> None:
+        super().__init__()
+        self.inner, self.surrogate = inner, surrogate
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.inner(x)
+        return answer
+
+    def differentiable_surrogate(self) -> nn.Module | None:
+        return self.surrogate
+
+
+def test_a_surrogate_must_stand_for_the_model() -> None:
+    model, stranger = Honest(0), Honest(1)
+    x = images(24)
+    y = model(x).argmax(1)
+    attack = PGDAttack(epsilon=0.1, alpha=0.02, num_steps=20)
+    same, other = (transfer_finding(Behind(model, s).eval(), attack, x, y, generator()) for s in (Honest(0), stranger))
+    assert transfer_finding(Behind(model, None).eval(), attack, x, y, generator()) is None
+    assert same is not None
+    assert other is not None
+    assert (same.passed, same.measured) == (True, 1.0)
+    assert not other.passed

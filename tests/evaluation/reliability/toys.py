@@ -1,6 +1,7 @@
 """Toy defences, each with one well-known flaw, around an honest little network."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,32 @@ class Probable(Flawed):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x).softmax(1)
+
+
+class LeakyDetector(Flawed):
+    """Has a detector whose score is relative to the other images of the batch: who is attacked depends on the company."""
+
+    detection_threshold = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def analyze(self, x: Tensor) -> SimpleNamespace:
+        energy = x.var((1, 2, 3))
+        score = torch.sigmoid(100 * (energy - energy.mean()))
+        return SimpleNamespace(
+            logits=self(x), anomaly_score=score, detected=score > 0.5, anomaly_map=score.reshape(-1, 1, 1, 1).expand_as(x[:, :1])
+        )
+
+
+class SecretDetector(LeakyDetector):
+    """Raises its alarms by something else than the score that it declares."""
+
+    def analyze(self, x: Tensor) -> SimpleNamespace:
+        score = x.mean((1, 2, 3))
+        return SimpleNamespace(
+            logits=self(x), anomaly_score=score, detected=x[:, 0, 0, 0] > 0.5, anomaly_map=score.reshape(-1, 1, 1, 1).expand_as(x[:, :1])
+        )
 
 
 FLAWS: dict[str, Callable[[Honest], Flawed]] = {
