@@ -8,6 +8,8 @@ countermeasure, or asks the matching question, without being told to:
 
 - ``stochastic = True``: the output varies from call to call; attacks then average over draws (EOT).
 - ``differentiable_surrogate()``: a module to take gradients through where the real forward has none (BPDA).
+- ``black_box = True``: it answers, but neither it nor a surrogate has gradients; so does any module around it. Attacks that
+  follow gradients are refused then: they would find nothing, and that would look like robustness.
 - ``classifier``, ``fill`` and ``masks(height, width)``: it answers by votes over masked views (see ``MaskedVoting``).
 - ``occluded_views()``: it compares its answers to occluded views of the image (see ``OccludedViews``), or None where it does not.
 - ``mask_fill``: the colour that covers (see ``mask_fill_of``), for training, double masking and occlusion alike.
@@ -159,6 +161,12 @@ def mask_fill_of(model: nn.Module) -> Tensor:
 def is_stochastic(model: object) -> bool:
     """Whether two forward passes on one image may differ by design."""
     return bool(getattr(model, "stochastic", False))
+
+
+def is_black_box(model: object) -> bool:
+    """Whether the model, or for a module any part of it, answers without gradients to follow."""
+    parts = model.modules() if isinstance(model, nn.Module) else (model,)
+    return any(bool(getattr(part, "black_box", False)) for part in parts)
 
 
 def surrogate_of(model: nn.Module) -> nn.Module | None:

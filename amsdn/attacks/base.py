@@ -17,7 +17,7 @@ from amsdn.attacks.adaptive import Forward, bpda, expected_logits, frozen, repro
 from amsdn.attacks.losses import MARGIN, Goal, Loss, margin, predicted
 from amsdn.checks import insist
 from amsdn.errors import InputError, ThreatViolation
-from amsdn.protocols import Classifier, check_eval_mode, check_images, is_stochastic, surrogate_of
+from amsdn.protocols import Classifier, check_eval_mode, check_images, is_black_box, is_stochastic, surrogate_of
 from amsdn.threats import ThreatModel
 
 RESCORE_DRAWS = 25  # calls over which a random model's answer is put to the vote; odd, see vote_logits
@@ -260,6 +260,11 @@ class Attack(ABC):
         return False
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether it follows the model's gradients; a search that only asks for answers does not."""
+        return True
+
+    @property
     def randomised(self) -> bool:
         """Whether another seed gives another search, so that restarts are worth their cost."""
         return True
@@ -276,7 +281,9 @@ class Attack(ABC):
         ThreatViolation as a call does; where checks are put off (``amsdn.checks``), when they are looked at. Without a
         target nothing here waits for the device.
         """
-        _check_budget(self.threat.budget, x, type(self).__name__)
+        where = type(self).__name__
+        _check_budget(self.threat.budget, x, where)
+        check_gradients(self, model, where)
         x, y, generator = x.detach().float(), y.long(), on_device(generator, x)
         victim = self.victim_of(model, y)
         goal = self.goal_of(y, None, lambda: victim.logits(x), generator)
@@ -291,12 +298,13 @@ class Attack(ABC):
         """Attack x [B,3,H,W] with labels y [B], towards ``targets`` [B] if given; without a generator, seed 0.
 
         A sample whose goal is reached by the clean image is a success with x_adv = x after one query; one without a goal
-        (see ``Goal``) is no success, and x_adv = x. Raises InputError for a model in train mode, unusable images, labels or
-        targets; ThreatViolation if ``perturb`` returned an image outside the threat model.
+        (see ``Goal``) is no success, and x_adv = x. Raises InputError for a model in train mode or without the gradients that the
+        attack follows, unusable images, labels or targets; ThreatViolation if ``perturb`` returned an image outside the threat model.
         """
         where = type(self).__name__
         check_images(x, where)
         check_eval_mode(model, where)
+        check_gradients(self, model, where)
         x = x.detach().float()
         _check_budget(self.threat.budget, x, where)
         check_indices(y, x, where, "labels")
@@ -378,6 +386,14 @@ def require(condition: bool, attack: object, what: str, value: object) -> None:
     """Raise InputError about a setting of an attack."""
     if not condition:
         raise InputError(f"{type(attack).__name__}: {what}, got {value}")
+
+
+def check_gradients(attack: Attack, model: object, where: str) -> None:
+    """Raise InputError for an attack that follows gradients, on a model that has none: it would measure nothing."""
+    if attack.needs_gradients and is_black_box(model):
+        raise InputError(
+            f"{where}: follows gradients, and this model only answers (black_box); take a search such as square, sparse-rs or patch-rs"
+        )
 
 
 def require_bounded(attack: Attack) -> None:

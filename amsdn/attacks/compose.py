@@ -41,6 +41,10 @@ class Composite(Attack):
         return self.parts[0].threat
 
     @property
+    def needs_gradients(self) -> bool:
+        return any(part.needs_gradients for part in self.parts)
+
+    @property
     def randomised(self) -> bool:
         return any(part.randomised for part in self.parts)
 

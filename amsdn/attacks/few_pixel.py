@@ -47,6 +47,10 @@ class FewPixelDE(Attack):
     def threat(self) -> SparsePixels:
         return SparsePixels(self.k)
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         active = self.active(victim, x, goal)
         genes = self._first(x, generator)

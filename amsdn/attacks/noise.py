@@ -25,6 +25,10 @@ class RandomNoise(Attack):
     def threat(self) -> ThreatModel:
         return self.within
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         active = self.active(victim, x, goal)
         active.poll_every = 1  # tries are few: each on images that are fooled already costs more than a look

@@ -35,6 +35,10 @@ class _RandomSearch(Attack):
         require(self.num_queries >= 1, self, "num_queries must be at least 1", self.num_queries)
         require(0 < self.alpha_init <= 1, self, "alpha_init must lie in (0, 1]", self.alpha_init)
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
     @abstractmethod
     def start(self, x: Tensor, threat: ThreatModel, generator: torch.Generator) -> State:
         """A random state for each image; ``threat`` is that of these images."""

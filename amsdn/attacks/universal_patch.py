@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amsdn.attacks.adaptive import frozen, reproducible
-from amsdn.attacks.base import ActiveSet, Attack, Victim, check_indices, on_device, require, require_at_least_one
+from amsdn.attacks.base import ActiveSet, Attack, Victim, check_gradients, check_indices, on_device, require, require_at_least_one
 from amsdn.attacks.losses import MARGIN, Goal, Loss
 from amsdn.attacks.physical import DIGITAL, Transformations, apply
 from amsdn.attacks.printing import load_png, quantised, read_sidecar, save_png, write_sidecar
@@ -122,6 +122,7 @@ class AdvPatch(Attack):
         where = "AdvPatch.fit"
         check_images(images, where)
         check_eval_mode(model, where)
+        check_gradients(self, model, where)
         check_indices(labels, images, where, "labels")
         if self.target_class is not None:
             keep = labels != self.target_class
@@ -200,6 +201,10 @@ class ApplyPatch(Attack):
     @property
     def threat(self) -> PatchRegion:
         return PatchRegion(self.size)
+
+    @property
+    def needs_gradients(self) -> bool:
+        return False
 
     def perturb(self, victim: Victim, x: Tensor, goal: Goal, generator: torch.Generator) -> Tensor:
         content = self._content().to(x.device)

@@ -30,6 +30,10 @@ class Wrapper(Attack):
         return self.attack.evades
 
     @property
+    def needs_gradients(self) -> bool:
+        return self.attack.needs_gradients
+
+    @property
     def randomised(self) -> bool:
         return self.attack.randomised
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amsdn.attacks import Attack, PGDL2Attack
-from amsdn.commands.measuring import Measured, check_same_model, update_run_json
+from amsdn.commands.measuring import Measured, check_same_model, fitting, update_run_json
 from amsdn.errors import InputError
 from amsdn.evaluation.certification import certify_split
 from amsdn.evaluation.certifier import Certifier
@@ -32,6 +32,7 @@ from amsdn.recipes.recipe import Method
 from amsdn.records import CertRecord, canonical, config_hash
 
 PROBES = 4  # images that the model must answer, in company and alone, before anything is certified
+BASE_QUERIES = 200  # of a search on the base classifier, where that has no gradients
 ROUNDING = 0.02  # of the largest logit: what company may change, a little more than bfloat16 does
 
 
@@ -95,16 +96,17 @@ def _job(kind: Method, model: nn.Module, how: Certifying) -> _Job:
         return _Job(SmoothingCertifier(model, how.smoothing), how.smoothing)
     if kind == "patch":
         masking = how.patch.around(model)
-        return _Job(PatchCertifier(masking), how.patch, masking, how.attacks.on_patches(how.patch.size))
+        attacks = fitting(how.attacks.on_patches(how.patch.size), masking, how.attacks.queries)
+        return _Job(PatchCertifier(masking), how.patch, masking, attacks)
     partition = how.pixels.around(model)
-    return _Job(L0Certifier(partition), how.pixels, partition, how.attacks.on_pixels())
+    return _Job(L0Certifier(partition), how.pixels, partition, fitting(how.attacks.on_pixels(), partition, how.attacks.queries))
 
 
 def _attack_smoothed(run: Measured, rows: Sequence[CertRecord], how: Certifying) -> list[Checked]:
     """Attacks inside the certified balls, on the smoothed classifier itself and from what fools the base classifier."""
     smoothed = SmoothedClassifier(run.model, how.smoothing.sigma, how.smoothing.batch_size)
     base = {"pgd-l2": PGDL2Attack(epsilon=how.smoothing.sigma, alpha=how.smoothing.sigma / 4, num_steps=20)}
-    checks = recheck_smoothed(smoothed, run.dataset.test, rows, base, how.recheck)
+    checks = recheck_smoothed(smoothed, run.dataset.test, rows, fitting(base, run.model, BASE_QUERIES), how.recheck)
     return [checked(checks, how.smoothing.alpha, how.recheck.alpha)]
 
 

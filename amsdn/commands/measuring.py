@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from amsdn.attacks import Attack
+from amsdn.attacks.base import check_gradients
+from amsdn.attacks.black_box import QUERIES, searches
 from amsdn.commands.common import describe_data, describe_model, provenance, read_json
 from amsdn.data import Dataset
 from amsdn.errors import InputError
@@ -19,7 +21,7 @@ from amsdn.evaluation.protocol import Protocol
 from amsdn.evaluation.run_folder import model_fingerprint
 from amsdn.evaluation.shards import WHOLE, Shard
 from amsdn.models.shipped import locate
-from amsdn.protocols import detector_of
+from amsdn.protocols import detector_of, is_black_box
 from amsdn.records import EvalRecord, canonical, write_json
 
 RUN_FILE = "run.json"
@@ -51,7 +53,10 @@ def measure(
     """Attack the first ``samples`` test images (None: all), or one shard of them, and write the run folder with its provenance.
 
     ``protocol``, where all of this comes from one, is written there too; ``planned`` is as ``evaluate`` takes it.
+    Raises InputError, before anything is written, for an attack that follows gradients on a model without any.
     """
+    for name, attack in attacks.items():
+        check_gradients(attack, run.model, f"attack {name}")
     check_same_model(run)
     count = min(samples or len(run.dataset.test), len(run.dataset.test))
     started = time.monotonic()
@@ -136,9 +141,16 @@ def _shard_runs(out: Path) -> dict[str, dict[str, Any]]:
     return {shard: {key: info.get(key, {}) for key in kept} for shard, info in told.items()}
 
 
-def fitting(attacks: Mapping[str, Attack], model: nn.Module) -> dict[str, Attack]:
-    """The attacks that this model can meet: one without a detector meets none that evades detectors."""
-    return {name: a for name, a in attacks.items() if not a.evades or detector_of(model) is not None}
+def fitting(attacks: Mapping[str, Attack], model: nn.Module, num_queries: int = QUERIES) -> dict[str, Attack]:
+    """The attacks that this model can meet: one without a detector meets none that evades detectors, a black box none with gradients.
+
+    For the threats of those left out a black box meets searches that only ask for answers, ``num_queries`` an image, so that none goes unmeasured.
+    """
+    met = {name: a for name, a in attacks.items() if not a.evades or detector_of(model) is not None}
+    if not is_black_box(model):
+        return met
+    left_out = [a.threat for a in met.values() if a.needs_gradients]
+    return {name: a for name, a in met.items() if not a.needs_gradients} | searches(left_out, num_queries)
 
 
 def choose(attacks: Mapping[str, Attack], names: tuple[str, ...]) -> dict[str, Attack]:

@@ -18,7 +18,7 @@ from amsdn.evaluation.certifier import ABSTAIN
 from amsdn.evaluation.crosscheck import Checked, Violation, claim_of
 from amsdn.evaluation.run_folder import Samples
 from amsdn.evaluation.smoothing import SmoothedClassifier
-from amsdn.protocols import check_eval_mode, device_of, surrogate_of
+from amsdn.protocols import check_eval_mode, device_of, is_black_box, surrogate_of
 from amsdn.records import CertRecord
 from amsdn.threats import L2Ball
 from amsdn.utils.helpers import generator
@@ -71,7 +71,7 @@ def recheck_smoothed(
     """Attack every certified sample inside its ball and ask the smoothed classifier again there.
 
     Two kinds of image are tried per sample. ``smoothed-pgd`` follows the smoothed classifier's own gradient (SmoothAdv,
-    Salman et al. 2019). Each of ``attacks`` (l2) is run on the base classifier against the certified prediction, and the
+    Salman et al. 2019), where the model has any. Each of ``attacks`` (l2) is run on the base classifier against the certified prediction, and the
     direction it finds is followed to the radius: attacks stop just behind the base classifier's boundary, elsewhere than here.
 
     False alarms: a new prediction errs with probability at most ``config.alpha`` (Cohen 2019, Proposition 1), and each certificate
@@ -145,8 +145,10 @@ def _recheck_chunk(
     label = torch.tensor([c.prediction for c in claims], device=device)
     radius = torch.tensor([c.radius * INSIDE for c in claims], device=device)
     first = claims[0].sample_id
-    draw = generator(device, "recheck", config.seed, SMOOTHED_PGD, first)
-    candidates = {SMOOTHED_PGD: smoothed_pgd(smoothed, x, label, radius, draw, steps=config.steps, draws=config.draws)}
+    candidates = {}
+    if not is_black_box(smoothed.model):
+        draw = generator(device, "recheck", config.seed, SMOOTHED_PGD, first)
+        candidates[SMOOTHED_PGD] = smoothed_pgd(smoothed, x, label, radius, draw, steps=config.steps, draws=config.draws)
     for name, attack in attacks.items():
         found = attack.craft(smoothed.model, x, label, generator(device, "recheck", config.seed, name, first))
         ball = L2Ball(radius)
