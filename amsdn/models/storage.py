@@ -4,6 +4,7 @@ Nothing here unpickles: a folder that only holds pickled weights is refused.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN, AMSDNConfig
@@ -53,7 +54,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> AMSDN:
         path = _from_hub(str(folder))
     config = _read_config(path)
     model = AMSDN.from_config(config)
-    _fill(model, _read_weights(path / WEIGHTS), path / WEIGHTS)
+    fill(model, read_weights(path / WEIGHTS), path / WEIGHTS, f"{CONFIG} beside it describes another model")
     return model.to(device).eval()
 
 
@@ -107,7 +108,8 @@ def _has_type(value: Any, default: Any) -> bool:
     return type(value) is type(default) or (isinstance(default, bool) and isinstance(value, str))
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; raises InputError where it is missing, damaged, or of another kind."""
     try:
         return load(path.read_bytes())
     except OSError as e:
@@ -116,10 +118,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: damaged or not a safetensors file ({str(e).splitlines()[0]}); copy or save it again") from e
 
 
-def _fill(model: AMSDN, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy ``tensors`` into ``model``, insisting on exactly its names and shapes."""
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, remedy: str) -> None:
+    """Copy ``tensors`` of the file ``path`` into ``model``; raises InputError, ending in ``remedy``, unless names and shapes are exactly its own."""
     expected = model.state_dict()
-    remedy = f"{CONFIG} beside it describes another model"
     for problem, names in (("lacks", expected.keys() - tensors.keys()), ("has unexpected", tensors.keys() - expected.keys())):
         if names:
             raise InputError(f"{path}: {problem} tensor {min(names)!r} ({len(names)} in all); {remedy}")
