@@ -34,7 +34,9 @@ class AttackOptions:
     """Options of ``amsdn attack``."""
 
     attack: tyro.conf.OmitArgPrefixes[Attack]
-    model: str | None = None  # a model folder, a shipped model's name, or module:function that returns a torch classifier
+    # A model folder, a shipped model's name, timm:NAME, timm:NAME@FILE.safetensors, FILE.onnx, or module:function that returns a torch
+    # classifier. timm's normalisation is put inside, or :mean=R,G,B:std=R,G,B at the end; an ONNX file must hold its own.
+    model: str | None = None
     data: str = "digits"  # digits, cifar10, folder:DIR or arrays:DIR
     out: Path | None = None  # the run folder is OUT/NAME; default: a folder of its own for every combination of settings
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)

@@ -1,9 +1,7 @@
 """What the commands share: opening data and models, and saying where a result came from."""
 
 import datetime
-import importlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from amsdn.commands.model_sources import FORMS, open_source
 from amsdn.data import Dataset, load_dataset
 from amsdn.errors import InputError
 from amsdn.models.amsdn import AMSDN
+from amsdn.models.onnx_model import OnnxModel
 from amsdn.models.shipped import locate, shipped_models
-from amsdn.models.storage import CONFIG, load_model
+from amsdn.models.storage import CONFIG
+from amsdn.models.timm_model import TimmModel
+from amsdn.protocols import is_black_box
 from amsdn.records import canonical, write_json
 from amsdn.utils.helpers import command_line, commit, hardware, versions
 
@@ -30,9 +32,8 @@ def open_data(name: str, root: Path | None, limit: int | None, device: torch.dev
 
 
 def open_model(model: str, device: torch.device) -> nn.Module:
-    """``--model``: a folder written by AMSDN, a shipped model's name, or ``module:function`` whose call returns a torch classifier; in eval mode."""
-    opened = _call_factory(model).eval() if ":" in model and not Path(model).exists() else load_model(model, device)
-    return opened.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    """``--model``, in any of the forms of ``amsdn.commands.model_sources``, in eval mode on the device."""
+    return open_source(model, device).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def default_model(recipe: str, instead: str | None = None) -> str:
@@ -45,25 +46,9 @@ def default_model(recipe: str, instead: str | None = None) -> str:
     if not found and shipped not in shipped_models():
         raise InputError(
             f"checkpoints/{recipe}: no trained model; run amsdn train {recipe}, or name one with --model: "
-            f"a folder or {', '.join(['module:function', *shipped_models()])}"
+            f"{FORMS}; shipped: {', '.join(shipped_models())}"
         )
     return str(found[0]) if found else shipped
-
-
-def _call_factory(spec: str) -> nn.Module:
-    module_name, _, function_name = spec.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(importlib.import_module(module_name), function_name)()
-    except Exception as e:  # it is the user's code: it may raise anything
-        raise InputError(
-            f"--model {spec}: cannot call it ({type(e).__name__}: {e}); give a model folder, or module:function taking no arguments"
-        ) from e
-    finally:
-        sys.path.pop(0)
-    if not isinstance(made, nn.Module):
-        raise InputError(f"--model {spec}: returned {type(made).__name__}; it must return a torch.nn.Module")
-    return made
 
 
 def find_class(named: str, classes: Sequence[str], also: Sequence[str] = ()) -> int:
@@ -76,10 +61,11 @@ def find_class(named: str, classes: Sequence[str], also: Sequence[str] = ()) -> 
 
 
 def check_classes(model: nn.Module, dataset: Dataset, where: str) -> None:
-    """Raise InputError if our own model was made for another number of classes than the data has."""
-    if isinstance(model, AMSDN) and model.config.num_classes != len(dataset.classes):
+    """Raise InputError if the model says that it was made for another number of classes than the data has."""
+    classes = model.config.num_classes if isinstance(model, AMSDN) else getattr(model, "num_classes", None)
+    if isinstance(model, AMSDN | TimmModel | OnnxModel) and classes not in (None, len(dataset.classes)):
         raise InputError(
-            f"{where}: tells {model.config.num_classes} classes apart, but {dataset.name} has {len(dataset.classes)}; use the data it was trained on"
+            f"{where}: tells {classes} classes apart, but {dataset.name} has {len(dataset.classes)}; use the data it was trained on"
         )
 
 
@@ -125,10 +111,10 @@ def provenance(device: torch.device, **more: Any) -> dict[str, Any]:
 
 def describe_model(model: nn.Module, fingerprint: str) -> dict[str, Any]:
     """The model's part of run.json."""
-    config = canonical(model.config) if isinstance(model, AMSDN) else {"class": type(model).__name__}
+    config = canonical(model.config) if isinstance(model, AMSDN | TimmModel) else {"class": type(model).__name__}
     described: dict[str, Any] = {
         "config": config,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": None if is_black_box(model) else sum(p.numel() for p in model.parameters()),
         "fingerprint": fingerprint,
         "detection_threshold": None,
         "false_positive_rate": None,

@@ -24,7 +24,9 @@ class EvaluateOptions:
 
     data: str  # digits, cifar10, folder:DIR or arrays:DIR
     out: Path  # the run folder
-    model: str | None = None  # a model folder, a shipped model's name, or module:function that returns a torch classifier
+    # A model folder, a shipped model's name, timm:NAME, timm:NAME@FILE.safetensors, FILE.onnx, or module:function that returns a torch
+    # classifier. timm's normalisation is put inside, or :mean=R,G,B:std=R,G,B at the end; an ONNX file must hold its own.
+    model: str | None = None
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
     limit: int | None = None  # use at most this many images of every split
     image_size: int | None = None  # pixels a side; default: the data set's own

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amsdn.attacks.base import check_gradients
 from amsdn.attacks.physical import DIGITAL, PHYSICAL, Transformations, apply
 from amsdn.attacks.printing import Picture, check_print_size, contact_sheet, quantised, save_pdf
 from amsdn.attacks.universal_patch import AdvPatch, PatchSuccess, UniversalPatch, success_rate
@@ -33,7 +34,7 @@ Z = 1.959963984540054  # of a 95 % interval
 class PatchOptions:
     """Options of ``amsdn patch``."""
 
-    model: str = f"checkpoints/{DEFAULT}/finetune/model"  # a model folder, or module:function that returns a torch classifier
+    model: str = f"checkpoints/{DEFAULT}/finetune/model"  # a model folder, timm:NAME[@FILE.safetensors], or module:function that returns a torch classifier
     data: str = "digits"  # digits, cifar10, folder:DIR or arrays:DIR
     out: Path = Path("checkpoints/patch")  # where the patch goes; an earlier patch there is replaced
     data_root: Path | None = None  # where cifar10 lies (or AMSDN_DATA)
@@ -74,6 +75,7 @@ def run(args: Sequence[str]) -> None:
         target_class=target,
         transformations=PHYSICAL if options.physical else DIGITAL,
     )
+    check_gradients(attack, model, f"--model {options.model}: learning a patch")
     path = options.out / "patch.png"
     about = f"{options.size} px patch against {options.model}, {'untargeted' if target is None else f'target {dataset.classes[target]}'}"
     options.out.mkdir(parents=True, exist_ok=True)  # before the training, in case it fails

@@ -65,6 +65,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    with contextlib.suppress(PackageNotFoundError):  # needed by few
+        found["onnxruntime"] = version("onnxruntime")
     return found
 
 
