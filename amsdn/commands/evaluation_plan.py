@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from amsdn.attacks import Attack
-from amsdn.commands.measuring import Measured, fitting, measure
+from amsdn.commands.measuring import Measured, measure
 from amsdn.errors import InputError
 from amsdn.evaluation.cost import planned_seconds
 from amsdn.evaluation.evaluate import EvaluateConfig
@@ -12,6 +12,7 @@ from amsdn.evaluation.protocol import Protocol
 from amsdn.evaluation.reliability.diagnosis import diagnose
 from amsdn.evaluation.shards import WHOLE, Shard
 from amsdn.evaluation.time_left import duration
+from amsdn.protocols import is_black_box
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class Plan:
     @classmethod
     def of_protocol(cls, protocol: Protocol, run: Measured) -> "Plan":
         """The protocol on this model and data, its cost measured."""
-        attacks = fitting(protocol.attacks(run.model), run.model)
-        checks = {f"{threat} {name}": a for threat, d in protocol.diagnoses().items() for name, a in d.attacks().items()}
+        hidden = is_black_box(run.model)
+        attacks = protocol.black_box() if hidden else protocol.attacks(run.model)
+        diagnoses = {} if hidden else protocol.diagnoses()
+        checks = {f"{threat} {name}": a for threat, d in diagnoses.items() for name, a in d.attacks().items()}
         seconds = planned_seconds(run.model, run.dataset.test, {**attacks, **checks}, protocol.config.batch_size)
         return cls(attacks, protocol.config, protocol.effort.samples, protocol.headline, protocol, seconds)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from amsdn.attacks.base import Attack, Victim
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal
 from amsdn.evaluation.run_folder import Samples
-from amsdn.protocols import Classifier, device_of, is_stochastic
+from amsdn.protocols import Classifier, device_of, is_black_box, is_stochastic
 
 REPEATS = 3
 
@@ -66,7 +66,10 @@ def planned_passes(attack: Attack, shape: tuple[int, int], classes: int, *, stoc
 
 
 def pass_seconds(model: Classifier, x: Tensor, y: Tensor) -> Passes:
-    """Seconds an image of a forward pass, and of what a backward pass adds to it, on images [B,3,H,W] with labels y [B]; medians."""
+    """Seconds an image of a forward pass, and of what a backward pass adds to it, on images [B,3,H,W] with labels y [B]; medians.
+
+    A black box has no backward pass.
+    """
     goal = Goal(y)
     victim = Victim.of(model, len(x), x.device)
 
@@ -77,10 +80,10 @@ def pass_seconds(model: Classifier, x: Tensor, y: Tensor) -> Passes:
         return victim.gradient(x, lambda logits: CROSS_ENTROPY(logits, goal))
 
     seconds = []
-    for work in (forward, both):
+    for work in (forward,) if is_black_box(model) else (forward, both):
         work()  # the first call allocates
         seconds.append(median(_timed(work, x.device) for _ in range(REPEATS)) / len(x))
-    return Passes(seconds[0], max(seconds[1] - seconds[0], 0.0))
+    return Passes(seconds[0], max(seconds[-1] - seconds[0], 0.0))
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

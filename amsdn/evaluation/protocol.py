@@ -25,13 +25,12 @@ from amsdn.attacks import (
     MaskingAwarePatch,
     PatchAutoAttack,
     PatchPGD,
-    PatchRS,
     SparseAutoAttack,
     SparsePGD,
-    SparseRS,
     SquareAttack,
     SquareL2Attack,
 )
+from amsdn.attacks.black_box import searches
 from amsdn.errors import InputError
 from amsdn.evaluation.evaluate import EvaluateConfig
 from amsdn.evaluation.reliability.diagnosis import Diagnosis, l2_diagnosis, linf_diagnosis, patch_diagnosis, sparse_diagnosis
@@ -39,6 +38,7 @@ from amsdn.protocols import detector_of, masked_voting_of, occluded_views_of
 
 VERSION = 1
 Name = Literal["quick", "standard", "full"]
+QUERIES_ALONE = 4  # times as many as Square gets beside gradients
 SMALL = 64  # pixels a side up to which an image has the budgets of CIFAR's
 
 
@@ -174,15 +174,8 @@ class Protocol:
         return {**self._patches(model), **self._pixels(model), **self._linf(), **self._l2()}
 
     def black_box(self) -> dict[str, Attack]:
-        """For a model whose gradients nobody can have: queries alone, at the headline budgets. They say less, whatever they spend."""
-        side, count, epsilon, radius = self._headline()
-        queries = 4 * self.effort.square_queries
-        return {
-            f"patch-rs-{side}": PatchRS(side, queries),
-            f"sparse-rs-{count}": SparseRS(count, queries),
-            f"square-{_name(epsilon)}": SquareAttack(epsilon, queries),
-            f"square-l2-{radius:g}": SquareL2Attack(radius, queries),
-        }
+        """For a model whose gradients nobody can have: queries alone, at the same budgets. They say less, whatever they spend."""
+        return searches((attack.threat for attack in self.attacks(nn.Identity()).values()), QUERIES_ALONE * self.effort.square_queries)
 
     def _headline(self) -> tuple[int, int, float, float]:
         found = self.budgets.headline

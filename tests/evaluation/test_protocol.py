@@ -58,6 +58,8 @@ def test_attacks_have_names_of_their_own_and_reach_every_headline_budget(name: N
         assert len(at) >= 2, family  # the curve's and the cascade
         below = {float(a.threat.budget) for a in attacks.values() if a.threat.family == family}
         assert len(below) >= 3, f"no curve for {family}"
+        assert any(a.threat.family == family and a.threat.budget == budget for a in protocol.black_box().values())
+    assert not any(a.needs_gradients for a in protocol.black_box().values())
     assert protocol.diagnoses().keys() == protocol.headline.keys()
     for family, diagnosis in protocol.diagnoses().items():
         assert (diagnosis.attack.threat.family, diagnosis.attack.threat.budget) == (family, protocol.headline[family])

@@ -43,6 +43,7 @@ from amsdn.evaluation.reliability.result_checks import (
 )
 from amsdn.evaluation.run_folder import Samples
 from amsdn.evaluation.table import complete_table
+from amsdn.protocols import is_black_box
 from amsdn.records import EvalRecord, write_json
 from amsdn.utils.helpers import generator
 
@@ -144,6 +145,9 @@ def diagnose(
     config = config or EvaluateConfig(keep_examples=0)
     x, y = split.fetch(torch.arange(min(PATH_IMAGES, len(split))))
     found = {MODEL: model_findings(model, x, y)}
+    if is_black_box(model):  # nothing but queries was possible: that alone decides
+        found |= {threat: [] for threat in diagnoses}
+        diagnoses = {}
     for threat, diagnosis in diagnoses.items():
         folder = out / FOLDER / threat
         count = min(samples, len(split))

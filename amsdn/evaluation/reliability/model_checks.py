@@ -8,7 +8,7 @@ from torch import Tensor
 from amsdn.attacks.base import Victim
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal
 from amsdn.evaluation.reliability.finding import Finding
-from amsdn.protocols import Classifier, detector_of, is_stochastic, threshold_of
+from amsdn.protocols import Classifier, detector_of, is_black_box, is_stochastic, threshold_of
 
 ROUNDING = 1e-3  # relative to the largest logit: what other company, or another call, may change of an answer
 SUMS_TO_ONE = 1e-4
@@ -83,6 +83,9 @@ def gives_logits(model: Classifier, x: Tensor, y: Tensor) -> Finding:
 
 def has_gradients(model: Classifier, x: Tensor, y: Tensor) -> Finding:
     """The loss has a gradient by the image that is finite and not zero, through the declared surrogate if there is one."""
+    if is_black_box(model):
+        told = "the model gives no gradients: it was attacked by queries alone, which break less than gradients would"
+        return Finding("has gradients", False, 1.0, NO_GRADIENT, told)
     gradient = _gradient(model, x, y)
     missing = float((gradient.flatten(1).abs().amax(1) == 0).float().mean())
     told = f"{100 * missing:.0f} % of images have no gradient, or one that is not finite: gradient attacks stand still there"
