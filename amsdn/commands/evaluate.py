@@ -56,7 +56,7 @@ def run(args: Sequence[str]) -> None:
     check_classes(model, dataset, name)
     measured = Measured(model, name, dataset, options.out, device)
     plan = _plan(options, recipe, measured)
-    if workers.first:
+    if workers.first and plan.protocol is not None:
         print(plan.announcement(measured), flush=True)
     for shard in shards:
         plan.carry_out(measured, shard, progress=workers.first)

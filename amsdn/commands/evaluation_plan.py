@@ -37,10 +37,9 @@ class Plan:
         return cls(attacks, protocol.config, protocol.effort.samples, protocol.headline, protocol, seconds)
 
     def announcement(self, run: Measured) -> str:
-        """One line for people: what is about to happen, and for how long at most."""
+        """One line for people: what a protocol is about to do, and for how long at most."""
+        assert self.protocol is not None
         images = min(self.samples or len(run.dataset.test), len(run.dataset.test))
-        if self.protocol is None:
-            return f"{len(self.attacks)} attacks on {images} test images of {run.dataset.name}"
         checked = min(self.protocol.effort.checked, images)
         own = sum(self.planned[name] for name in self.attacks) * images
         checks = sum(s for name, s in self.planned.items() if name not in self.attacks) * checked

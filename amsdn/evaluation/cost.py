@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from amsdn.attacks.base import Attack, Victim
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal
+from amsdn.evaluation.evaluate import check_answers
 from amsdn.evaluation.run_folder import Samples
-from amsdn.protocols import Classifier, device_of, is_black_box, is_stochastic
+from amsdn.protocols import Classifier, check_eval_mode, device_of, is_black_box, is_stochastic
 
 REPEATS = 3
 
@@ -95,10 +96,10 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def planned_seconds(model: nn.Module, split: Samples, attacks: Mapping[str, Attack], batch_size: int) -> dict[str, float]:
-    """By attack, the seconds that an image costs which resists all of it; the model in eval mode."""
+    """By attack, the seconds that an image costs which resists all of it. Raises InputError for a model that cannot be evaluated."""
+    check_eval_mode(model, "evaluate")
     x, y = (t.to(device_of(model)) for t in split.fetch(torch.arange(min(batch_size, len(split)))))
-    with torch.no_grad():
-        classes = model(x[:1]).shape[1]
+    classes = check_answers(model, x)
     price = pass_seconds(model, x, y)
     shape = (x.shape[2], x.shape[3])
     plans = {name: planned_passes(attack, shape, classes, stochastic=is_stochastic(model)) for name, attack in attacks.items()}

@@ -259,7 +259,7 @@ class _Run:
 @torch.no_grad()
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) -> Outcome:
     """The unattacked images as an outcome: nothing spent, one forward pass (a stochastic model: a vote of several)."""
-    _check_answers(model, x)
+    check_answers(model, x)
     draws = _calls(model)
     logits = model(x).float() if draws == 1 else vote_logits(model, x, draws)  # a random model is scored as attacks score it
     if not bool(logits.isfinite().all()):
@@ -274,8 +274,9 @@ def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) 
     return Outcome(x, x, y, prediction, None, margin(logits, y), zeros, zeros + draws, zeros)
 
 
-def _check_answers(model: nn.Module, x: Tensor) -> None:
-    """Raise InputError unless the model, which may be anybody's, answers these images with logits [B,K]."""
+@torch.no_grad()
+def check_answers(model: nn.Module, x: Tensor) -> int:
+    """How many classes the model, which may be anybody's, tells apart; raises InputError unless it answers images like these with logits [B,K]."""
     try:
         logits = model(x[:1])
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
@@ -286,6 +287,7 @@ def _check_answers(model: nn.Module, x: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise InputError(f"the model answers one image with {found}; it must map float images [B,3,H,W] to logits [B,K]")
+    return logits.shape[1]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ def refused(outcome: Outcome, *words: str) -> None:
     """Exit code 2, exactly one line that starts with the command and names the culprit and a remedy."""
     assert outcome.code == 2, outcome
     assert outcome.out == ""
-    lines = [line for line in outcome.err.replace("\r", "\n").splitlines() if line.strip() and "image/s]" not in line]  # without the bars
+    lines = [line for line in outcome.err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]  # without the bars
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("amsdn")
     assert "Traceback" not in outcome.err

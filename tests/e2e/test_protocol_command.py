@@ -95,3 +95,19 @@ def test_what_a_protocol_fixes_cannot_be_chosen_besides(
     assert outcome.err.count("\n") == 1
     assert f"--protocol quick fixes what {words[0].split('.')[0]} says" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "says"), [("return x.mean(), x", "tuple"), ("return x.mean((1, 2, 3))", "[1]"), ("return x @ x[0, 0]", "fails")]
+)
+def test_a_model_that_cannot_be_evaluated_is_refused_before_its_cost_is_reckoned(
+    body: str, says: str, amsdn: Shell, arrays: Path, tmp_path: Path
+) -> None:
+    source = f"from torch import nn\n\nclass Odd(nn.Module):\n    def forward(self, x):\n        {body}\n"
+    (tmp_path / "odd_model.py").write_text(source)
+    outcome = amsdn("evaluate", "--protocol", "quick", "--data", f"arrays:{arrays}", "--model", "odd_model:Odd", "--out", tmp_path / "out")
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert outcome.err.count("\n") == 1
+    assert says in outcome.err
+    assert not (tmp_path / "out").exists()
