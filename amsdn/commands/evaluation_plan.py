@@ -25,24 +25,27 @@ class Plan:
     headline: Mapping[str, float]
     protocol: Protocol | None = None
     planned: Mapping[str, float] = field(default_factory=dict)  # seconds an image and attack
+    checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the same of the protocol's checks, by threat
 
     @classmethod
     def of_protocol(cls, protocol: Protocol, run: Measured) -> "Plan":
         """The protocol on this model and data, its cost measured."""
+
+        def priced(found: Mapping[str, Attack]) -> dict[str, float]:
+            return planned_seconds(run.model, run.dataset.test, found, protocol.config.batch_size)
+
         hidden = is_black_box(run.model)
         attacks = protocol.black_box() if hidden else protocol.attacks(run.model)
-        diagnoses = {} if hidden else protocol.diagnoses()
-        checks = {f"{threat} {name}": a for threat, d in diagnoses.items() for name, a in d.attacks().items()}
-        seconds = planned_seconds(run.model, run.dataset.test, {**attacks, **checks}, protocol.config.batch_size)
-        return cls(attacks, protocol.config, protocol.effort.samples, protocol.headline, protocol, seconds)
+        checks = {} if hidden else {threat: priced(d.attacks()) for threat, d in protocol.diagnoses().items()}
+        return cls(attacks, protocol.config, protocol.effort.samples, protocol.headline, protocol, priced(attacks), checks)
 
     def announcement(self, run: Measured) -> str:
         """One line for people: what a protocol is about to do, and for how long at most."""
         assert self.protocol is not None
         images = min(self.samples or len(run.dataset.test), len(run.dataset.test))
         checked = min(self.protocol.effort.checked, images)
-        own = sum(self.planned[name] for name in self.attacks) * images
-        checks = sum(s for name, s in self.planned.items() if name not in self.attacks) * checked
+        own = sum(self.planned.values()) * images
+        checks = sum(sum(seconds.values()) for seconds in self.checks.values()) * checked
         return (
             f"protocol {self.protocol.name}, version {self.protocol.version}: {len(self.attacks)} attacks on {images} test images of "
             f"{run.dataset.name}, then checks on {checked} of them; at most {duration(own + checks)} here, if every image resists everything"
@@ -62,8 +65,16 @@ class Plan:
             planned=self.planned,
         )
         if self.protocol is not None and shard.whole:
-            checks = self.protocol.diagnoses()
-            diagnose(run.model, run.dataset.test, run.out, checks, self.protocol.effort.checked, records=records, progress=progress)
+            diagnose(
+                run.model,
+                run.dataset.test,
+                run.out,
+                self.protocol.diagnoses(),
+                self.protocol.effort.checked,
+                records=records,
+                planned=self.checks,
+                progress=progress,
+            )
 
 
 def refuse_changes(protocol: str, changed: Mapping[str, bool]) -> None:

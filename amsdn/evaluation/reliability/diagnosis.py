@@ -136,11 +136,13 @@ def diagnose(
     config: EvaluateConfig | None = None,
     *,
     records: Sequence[EvalRecord] = (),
+    planned: Mapping[str, Mapping[str, float]] | None = None,
     progress: bool = True,
 ) -> Reliability:
     """Run every check on the first ``samples`` images of ``split`` and write OUT/reliability.json. Resumes; errors are those of ``evaluate``.
 
     ``records`` are the evaluation's rows, of those images at least; without any, the gradient attack's number is the one that is checked.
+    ``planned`` are seconds an image by threat and attack (see ``cost``), for the time left.
     """
     config = config or EvaluateConfig(keep_examples=0)
     x, y = split.fetch(torch.arange(min(PATH_IMAGES, len(split))))
@@ -152,7 +154,10 @@ def diagnose(
         folder = out / FOLDER / threat
         count = min(samples, len(split))
         title = f"checks of {threat}"
-        rows = evaluate(model, split, diagnosis.attacks(), folder, config, sample_ids=range(count), progress=progress, title=title)
+        seconds = (planned or {}).get(threat)
+        rows = evaluate(
+            model, split, diagnosis.attacks(), folder, config, sample_ids=range(count), progress=progress, planned=seconds, title=title
+        )
         draw = generator(x.device, config.seed, "reliability", threat)
         found[threat] = row_findings(rows, diagnosis, worst_case(records, diagnosis, range(count)))
         found[threat] += path_findings(model, diagnosis.attack, x, y, draw)
