@@ -17,6 +17,7 @@ from amsdn.data import Dataset
 from amsdn.errors import InputError
 from amsdn.evaluation.certification import ALL_SETTINGS
 from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
+from amsdn.evaluation.hardest_pictures import keep_hardest
 from amsdn.evaluation.protocol import Protocol
 from amsdn.evaluation.run_folder import model_fingerprint
 from amsdn.evaluation.shards import WHOLE, Shard
@@ -52,8 +53,9 @@ def measure(
 ) -> list[EvalRecord]:
     """Attack the first ``samples`` test images (None: all), or one shard of them, and write the run folder with its provenance.
 
-    ``protocol``, where all of this comes from one, is written there too; ``planned`` is as ``evaluate`` takes it.
-    Raises InputError, before anything is written, for an attack that follows gradients on a model without any.
+    ``protocol``, where all of this comes from one, is written there too; ``planned`` is as ``evaluate`` takes it. The whole also leaves
+    the hardest images as pictures (see ``hardest_pictures``). Raises InputError, before anything is written, for an attack that follows gradients on a
+    model without any.
     """
     for name, attack in attacks.items():
         check_gradients(attack, run.model, f"attack {name}")
@@ -75,6 +77,8 @@ def measure(
         protocol=None if protocol is None else {"name": protocol.name, "version": protocol.version},
         seconds=time.monotonic() - started,
     )
+    if shard.whole:
+        keep_hardest(run.out, run.dataset.test, read_json(run.out / RUN_FILE)["headline"])
     return records
 
 

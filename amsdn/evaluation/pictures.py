@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from amsdn.evaluation.headline import Run, capital, describe, strongest_attack
 
 PICTURES = 4  # images shown for each threat
 ARRAYS = ("ids", "clean", "adversarial", "label", "clean_prediction", "prediction", "clean_confidence", "adv_confidence")
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+)  # what NumPy raises for a file that is no npz
 
 
 def picture_groups(run: Run, folder: Path) -> list[dict[str, Any]]:
@@ -44,9 +54,9 @@ def _example(arrays: Mapping[str, NDArray[Any]], i: int, classes: Sequence[Any],
     heat = arrays["anomaly_map_adv"][i].reshape(arrays["anomaly_map_adv"].shape[-2:]) if "anomaly_map_adv" in arrays else None
     return {
         "id": int(arrays["ids"][i]),
-        "label": _class_name(classes, arrays["label"][i]),
-        "before": _class_name(classes, arrays["clean_prediction"][i]),
-        "after": _class_name(classes, arrays["prediction"][i]),
+        "label": class_name(classes, arrays["label"][i]),
+        "before": class_name(classes, arrays["clean_prediction"][i]),
+        "after": class_name(classes, arrays["prediction"][i]),
         "before_confidence": float(arrays["clean_confidence"][i]),
         "after_confidence": float(arrays["adv_confidence"][i]),
         "fooled": bool(arrays["prediction"][i] != arrays["label"][i]),
@@ -60,12 +70,23 @@ def _example(arrays: Mapping[str, NDArray[Any]], i: int, classes: Sequence[Any],
     }
 
 
-def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path, what: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file, by name; raises InputError, which calls it ``what``, for anything else. Nothing is unpickled."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise InputError(f"{path}: not a readable examples file ({str(e).splitlines()[0]}); delete it and rerun `amsdn evaluate`") from e
+            return {key: stored[key] for key in stored.files}
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"{path}: not a readable {what} ({reason}); delete it and rerun `amsdn evaluate`") from e
+
+
+def class_name(classes: Sequence[Any], index: Any) -> str:
+    """The name of a class; its number where it has none."""
+    return str(classes[int(index)]) if 0 <= int(index) < len(classes) else str(int(index))
+
+
+def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    arrays = read_arrays(path, "examples file")
     problem = _problem_with(arrays)
     if problem:
         raise InputError(f"{path}: not an examples file ({problem}); delete it and rerun `amsdn evaluate`")
@@ -85,7 +106,3 @@ def _problem_with(arrays: Mapping[str, NDArray[Any]]) -> str | None:
     if heat is not None and (heat.ndim not in (3, 4) or heat[0].size != heat.shape[-1] * heat.shape[-2]):
         return f"its anomaly maps have shape {heat.shape}"
     return None
-
-
-def _class_name(classes: Sequence[Any], index: Any) -> str:
-    return str(classes[int(index)]) if 0 <= int(index) < len(classes) else str(int(index))
