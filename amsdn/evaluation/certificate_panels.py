@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from amsdn.evaluation import figures
+from amsdn.evaluation.bars import published
 from amsdn.evaluation.figures import Axis, Curve, Point
 from amsdn.evaluation.headline import Run, capital, cell_of, certified_at, count, describe_certificate, family_name, percent
 from amsdn.evaluation.panels import chart
@@ -60,7 +61,8 @@ def certificate_facts(runs: Sequence[Run]) -> list[str]:
             abstained = cell_of(found["abstained"])
             word = "alarms without an attack" if certificate == "patch-detection" else "abstentions"
             share = f", {percent(abstained.value)} % {word}" if abstained and abstained.value else ""
-            median = f", median radius {found['median']:g}" if found.get("median") is not None else ""
+            bar = published(f"median:{certificate}", 0, run.info.get("data"))
+            median = f", median radius {found['median']:g}{f' ({bar})' if bar else ''}" if found.get("median") is not None else ""
             facts.append(f"{run.name}, {family_name(certificate)}: {found['samples']} images, {cost} on average{share}{median}.")
         facts += [_attack_fact(run, certificate, summary) for certificate, summary in run.defences.items()]
     return facts

@@ -65,7 +65,7 @@ def line_chart(
     Args:
         curves: the lines; a band is drawn wherever two neighbouring points both have intervals.
         description: what a reader who cannot see the chart is told.
-        diagonal: draw the line of a detector that guesses.
+        diagonal: draw the line from corner to corner: a detector that guesses, or confidences that are met.
         guide: an x position to mark with a thin vertical line.
     """
     span = (axis.high - axis.low) or 1.0

@@ -1,7 +1,7 @@
 """The parts of the report below the headline table, each computed from runs and ready for the template."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -65,10 +65,20 @@ def attack_table(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
             "tpr": cell_of(attack["detection"]["tpr"]) if attack["detection"] else None,
             "evades": attack["evades"],
             "missed": cell_of(attack["wrong_undetected"]),
-            "located": attack["localisation"]["mean"] if attack["localisation"] else None,
+            "map": _map_cells(attack["localisation"] or {}),
         }
         families.setdefault(attack["family"], []).append(line)
     return [(family, sorted(lines, key=lambda line: line["budget"])) for family, lines in families.items()]
+
+
+def _map_cells(found: Mapping[str, Any]) -> list[str | None]:
+    """Where the anomaly map points, as text: mean AUROC, per cent of maps whose largest value lies on a changed pixel, mean IoU."""
+    pointing, overlap = found.get("pointing"), found.get("overlap")
+    return [
+        f"{found['mean']:.3f}" if found else None,
+        percent(pointing["value"]) if pointing else None,
+        f"{overlap['value']:.3f}" if overlap else None,
+    ]
 
 
 def budget_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:

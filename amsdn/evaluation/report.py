@@ -4,9 +4,10 @@
 are inside) and ``report.json`` with every number of the page. The same folders always give the same bytes.
 
 A run folder holds ``run.json`` (provenance), ``eval.jsonl`` (EvalRecord rows) and, where they were made, ``cert.jsonl``
-(CertRecord rows; shards beside it), ``crosscheck.json``, the attacks on the certified classifiers, and ``examples/<attack>.npz``. All keys of run.json are optional; read here are
+(CertRecord rows; shards beside it), ``crosscheck.json``, the attacks on the certified classifiers, ``examples/<attack>.npz`` and
+``hardest.npz``. All keys of run.json are optional; read here are
 ``command`` (text or a list), ``commit``, ``date``, ``seed``, ``versions``, ``hardware``, ``seconds``,
-``model {config, parameters, fingerprint, detection_threshold, false_positive_rate}``, ``data {name, split, samples, classes}``
+``model {config, parameters, fingerprint, detection_threshold, false_positive_rate}``, ``data {name, split, samples, classes, image_size}``
 and ``headline {family: budget}``.
 """
 
@@ -20,10 +21,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from amsdn.errors import InputError
-from amsdn.evaluation import certificate_panels, panels
+from amsdn.evaluation import answer_panels, certificate_panels, panels
+from amsdn.evaluation.bars import RECALLED
+from amsdn.evaluation.calibration import BINS
 from amsdn.evaluation.certification import read_certificates
 from amsdn.evaluation.crosscheck import DEFENCE_RUNS, RESULT
-from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, count, headline_rows, percent
+from amsdn.evaluation.hardest_pictures import hardest_cards
+from amsdn.evaluation.headline import GROUPS, Cell, Row, Run, count, percent
+from amsdn.evaluation.headline_rows import headline_rows
 from amsdn.evaluation.pictures import picture_groups
 from amsdn.evaluation.reliability import read_checks
 from amsdn.evaluation.summary import summarise
@@ -151,6 +156,9 @@ def _context(title: str, runs: Sequence[Run], rows: Sequence[Row], subject: Path
         "groups": groups,
         "attacks": attacks,
         "any_detector": any(attack["detection"] for attack in runs[0].summary["attacks"].values()),
+        "any_bar": any(row.published for row in rows),
+        "any_recalled": any(RECALLED in row.published for row in rows),
+        "any_rejecting": any(row.key.startswith("rejecting:") for row in rows),
         "pictures": pictures,
         "any_heat": any(example["heat"] for group in pictures for example in group["examples"]),
         "curves": panels.budget_charts(runs),
@@ -158,6 +166,10 @@ def _context(title: str, runs: Sequence[Run], rows: Sequence[Row], subject: Path
         "certificate_legend": certificate_panels.certificate_legend(runs),
         "certificate_facts": certificate_panels.certificate_facts(runs),
         "detectors": panels.roc_charts(runs),
+        "calibrated": answer_panels.calibration_charts(runs),
+        "bins": BINS,
+        "classes": answer_panels.class_table(runs[0]),
+        "hardest": hardest_cards(runs[0], subject),
         "believed": panels.check_table(runs),
         "crosschecks": [line for run in runs for line in certificate_panels.crosscheck_lines(run)],
         "limits": [*panels.limits(runs, rows), *certificate_panels.certificate_limits(runs[0])],

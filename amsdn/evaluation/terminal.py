@@ -33,21 +33,26 @@ def _pick(row: Row, pair: Sequence[int]) -> list[str]:
     cells = [_text_cell(row.cells[i], doubtful=bool(row.doubts[i])) for i in pair]
     difference = [_text_difference(row.differences[pair[1] - 1])] if len(pair) == 2 else []
     counts = "/".join(dict.fromkeys(str(c.n) for i in pair if (c := row.cells[i])))
-    return [_clip(row.label, 30), *cells, *difference, counts]
+    return [" ".join(row.label.split()), *cells, *difference, counts]
 
 
 def _text_block(names: Sequence[str], rows: Sequence[list[str]]) -> str:
+    """The table as lines of one width; a label too long for what the numbers leave goes on, indented, on the next line."""
     titles = [_title(name) for name in names]
     upper = [t[0] if len(t) == 2 else "" for t in titles]
     between = ["difference"] if len(names) == 2 else []
     lines = [["", *upper, *("" for _ in between), ""], ["", *(t[-1] for t in titles), *between, "n"], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(len(line[i]) for line in lines) for i in range(1, len(lines[0]))]
+    room = min(max(len(row[0]) for row in rows), TERMINAL_WIDTH - sum(2 + w for w in widths))
+    labels = [textwrap.wrap(line[0], room, subsequent_indent="  ") or [""] for line in lines]
     text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip() for line in lines
+        "  ".join([label[0].ljust(room), *(c.rjust(w) for c, w in zip(line[1:], widths, strict=True))]).rstrip()
+        for label, line in zip(labels, lines, strict=True)
     ]
+    body = [part for label, line in zip(labels[2:], text[2:], strict=True) for part in (line, *label[1:])]
     rule = "-" * max(map(len, text))
     assert len(rule) <= TERMINAL_WIDTH, f"the table is {len(rule)} columns wide"
-    return "\n".join([*([text[0]] if any(upper) else []), text[1], rule, *text[2:], rule])
+    return "\n".join([*([text[0]] if any(upper) else []), text[1], rule, *body, rule])
 
 
 def _title(name: str) -> list[str]:
