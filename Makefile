@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check peers benchmark benchmark-certificates benchmark-training format clean help
+.PHONY: demo test check peers benchmark benchmark-certificates benchmark-training benchmark-evaluation format clean help
 
 help:
 	@echo "make demo    train, attack, certify and report on digits (CPU, fifteen to thirty minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make benchmark  time our attacks beside theirs into results/benchmarks (about a quarter of an hour on two cores)"
 	@echo "make benchmark-certificates  what certificates cost beside Cohen's, PatchCleanser's and ART's (hours on a CPU; goes on if killed)"
 	@echo "make benchmark-training  images per second of our training loop beside a plain one with torchattacks (about ten minutes)"
+	@echo "make benchmark-evaluation  the standard protocol beside one put together from torchattacks, foolbox and ART (under an hour on one core; goes on if killed)"
 	@echo "make format  reformat the code"
 	@echo "make clean   remove the environment, caches and demo output"
 
@@ -61,6 +62,10 @@ benchmark-certificates: $(VENV)/.installed-peers
 
 benchmark-training: $(VENV)/.installed-peers
 	$(BIN)/python benchmarks/training.py $(ARGS)
+	$(BIN)/python scripts/benchmark_tables.py write
+
+benchmark-evaluation: $(VENV)/.installed-peers
+	$(BIN)/python benchmarks/evaluation.py $(ARGS)
 	$(BIN)/python scripts/benchmark_tables.py write
 
 format: $(VENV)/.installed-dev

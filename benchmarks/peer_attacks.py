@@ -8,7 +8,8 @@ whole batch is one batch everywhere. ``run_peer`` seeds the global generators th
 import importlib.util
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,19 @@ def libraries(family: str) -> list[str]:
 
 def run_peer(family: str, library: str, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, **settings: Any) -> Tensor:
     """The library's attack on a copy of x; reproducible, and silent about deprecations that are not ours to fix."""
+    with quietly(seed):
+        return PEERS[family, library](model, x.clone(), y.clone(), **settings).detach().float()
+
+
+@contextmanager
+def quietly(seed: int) -> Iterator[None]:
+    """Seeds the global generators that the libraries draw from, and leaves their warnings out."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - the libraries draw from the global generator
     random.seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PEERS[family, library](model, x.clone(), y.clone(), **settings).detach().float()
+        yield
 
 
 def _peer(family: str, library: str) -> Callable[[Peer], Peer]:
@@ -88,10 +96,10 @@ def _(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: int,
 
 
 @_peer("apgd-t", "torchattacks")
-def _(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: int, norm: str = "Linf") -> Tensor:
+def _(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: int, norm: str = "Linf", n_targets: int = 9) -> Tensor:
     from torchattacks import APGDT
 
-    return APGDT(model, norm=norm, eps=epsilon, steps=num_steps)(x, y)
+    return APGDT(model, norm=norm, eps=epsilon, steps=num_steps, n_classes=n_targets + 1)(x, y)
 
 
 @_peer("fab", "torchattacks")

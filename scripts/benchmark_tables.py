@@ -18,6 +18,7 @@ BENCHMARKS = ROOT / "results" / "benchmarks"
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
 import ablation_tables  # noqa: E402
+from evaluation_tables import evaluation_table  # noqa: E402
 from scale_tables import scale_table  # noqa: E402
 from training_tables import training_table  # noqa: E402
 
@@ -98,6 +99,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "ablations": ("ablations.json", "docs/training/ablations.md", ablation_tables.page),
     "budgets": ("budgets.json", "docs/attacks/autoattack.md", budgets_table),
     "certified": ("certification.json", "README.md", certified_table),
+    "evaluation": ("evaluation.json", "docs/evaluation/cost.md", evaluation_table),
     "l0-choice": ("l0_choice.json", "docs/certificates/l0.md", l0_choice_table),
     "scale": ("scale.json", "docs/training/scale.md", scale_table),
     "training": ("training.json", "docs/training/cost.md", training_table),
