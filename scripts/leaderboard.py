@@ -20,7 +20,8 @@ from torch import nn
 
 from amsdn.errors import InputError
 from amsdn.evaluation.evaluate import RECORDS
-from amsdn.evaluation.headline import Run, headline_rows
+from amsdn.evaluation.headline import Run
+from amsdn.evaluation.headline_rows import headline_rows
 from amsdn.evaluation.protocol import EFFORTS, VERSION, Protocol
 from amsdn.evaluation.report import load_runs
 from amsdn.records import canonical

@@ -18,8 +18,9 @@ from amsdn.errors import InputError
 from amsdn.evaluation.certification import certify_split
 from amsdn.evaluation.certifier import Certifier
 from amsdn.evaluation.crosscheck import DEFENCE_RUNS, Checked, conclude, cross_check
-from amsdn.evaluation.evaluate import EvaluateConfig, clean_outcome, evaluate
+from amsdn.evaluation.evaluate import EvaluateConfig, evaluate
 from amsdn.evaluation.l0_certificate import L0Certifier
+from amsdn.evaluation.outcome import clean_outcome
 from amsdn.evaluation.patch_certificate import PatchCertifier
 from amsdn.evaluation.shards import WHOLE, Shard
 from amsdn.evaluation.smoothing import SmoothedClassifier

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amsdn.attacks.base import Attack, Victim
 from amsdn.attacks.losses import CROSS_ENTROPY, Goal
-from amsdn.evaluation.evaluate import check_answers
+from amsdn.evaluation.outcome import check_answers
 from amsdn.evaluation.run_folder import Samples
 from amsdn.protocols import Classifier, check_eval_mode, device_of, is_black_box, is_stochastic
 

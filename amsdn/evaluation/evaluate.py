@@ -15,30 +15,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from amsdn.attacks.adaptive import vote_logits
-from amsdn.attacks.base import RESCORE_DRAWS, Attack
-from amsdn.attacks.losses import margin
+from amsdn.attacks.base import Attack
 from amsdn.errors import InputError
-from amsdn.evaluation.detection import iou, map_auroc, pointing_game
 from amsdn.evaluation.examples import Arrays, Examples, example_arrays
+from amsdn.evaluation.outcome import Outcome, clean_outcome, confidence_of, seen_of
 from amsdn.evaluation.run_folder import Samples, choose_ids, claim, data_fingerprint, id_range, model_fingerprint, writing_to
 from amsdn.evaluation.shards import WHOLE, Shard, every_shard, read_shards
 from amsdn.evaluation.time_left import TimeLeft, duration
-from amsdn.protocols import check_eval_mode, check_images, detector_of, device_of, is_stochastic
+from amsdn.protocols import check_eval_mode, check_images, device_of
 from amsdn.records import EvalRecord, Key, RecordLog, config_hash
-from amsdn.threats import changed_pixels
 from amsdn.utils.helpers import derive_seed, generator
 
 CLEAN = "clean"
 SETTINGS = "eval_config.json"
 RECORDS = "eval.jsonl"
-ALARMED = 0.5  # an anomaly map says "changed" above this
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -106,26 +101,6 @@ def evaluate(
     run.all_rows({CLEAN: None, **attacks}, title if progress else None)
     wanted = [(i, hash_of(attack), config.seed) for attack in [None, *attacks.values()] for chunk in chunks for i in chunk]
     return [known[key] for key in wanted]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one attack did to one chunk; every field has one entry per sample."""
-
-    x: Tensor
-    x_adv: Tensor
-    label: Tensor
-    prediction: Tensor
-    success: Tensor | None  # None: there is no attack
-    margin: Tensor
-    spent: Tensor
-    forwards: Tensor
-    backwards: Tensor
-
-    @property
-    def correct(self) -> Tensor:
-        """Whether the prediction is the label. An attack with another goal may fail and still have it wrong."""
-        return self.prediction == self.label
 
 
 @dataclass
@@ -218,7 +193,7 @@ class _Run:
 
     def _rows(self, name: str, attack: Attack | None, key: str, chunk: list[int], outcome: Outcome) -> list[EvalRecord]:
         local = attack is not None and attack.threat.counts  # "where" has an answer only if a few pixels changed
-        seen = _detection(self.model, outcome, local)
+        seen = seen_of(self.model, outcome, local)
         columns = [getattr(outcome, c).tolist() for c in ("spent", "label", "prediction", "correct", "margin", "forwards", "backwards")]
         successes = [None] * len(chunk) if outcome.success is None else outcome.success.tolist()
         family, budget = (CLEAN, 0.0) if attack is None else (attack.threat.family, float(attack.threat.budget))
@@ -247,88 +222,13 @@ class _Run:
                 overlap=seen.overlap[i],
             )
             for i, (sample_id, spent, label, prediction, correct, margin, forwards, backwards, success, confidence) in enumerate(
-                zip(chunk, *columns, successes, _confidence(self.model, outcome), strict=True)
+                zip(chunk, *columns, successes, confidence_of(self.model, outcome), strict=True)
             )
         ]
 
     def _accuracy(self, key: str) -> float:
         rows = [self.known[k] for chunk in self.chunks for i in chunk if (k := (i, key, self.config.seed)) in self.known]
         return sum(row.correct for row in rows) / max(len(rows), 1)
-
-
-@torch.no_grad()
-def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, chunk: Sequence[int]) -> Outcome:
-    """The unattacked images as an outcome: nothing spent, one forward pass (a stochastic model: a vote of several)."""
-    check_answers(model, x)
-    draws = _calls(model)
-    logits = model(x).float() if draws == 1 else vote_logits(model, x, draws)  # a random model is scored as attacks score it
-    if not bool(logits.isfinite().all()):
-        bad = [i for i, ok in zip(chunk, logits.isfinite().all(1).tolist(), strict=True) if not ok]
-        raise InputError(f"the model's logits are not finite on clean samples {bad[:5]}; check its weights and its input normalisation")
-    if int(y.max()) >= logits.shape[1] or int(y.min()) < 0:
-        raise InputError(
-            f"the model has {logits.shape[1]} classes but the data has label {int(y.max())}; evaluate on the data it was made for"
-        )
-    zeros = torch.zeros(len(x), device=x.device)
-    prediction = logits.argmax(1)
-    return Outcome(x, x, y, prediction, None, margin(logits, y), zeros, zeros + draws, zeros)
-
-
-@torch.no_grad()
-def check_answers(model: nn.Module, x: Tensor) -> int:
-    """How many classes the model, which may be anybody's, tells apart; raises InputError unless it answers images like these with logits [B,K]."""
-    try:
-        logits = model(x[:1])
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
-        if isinstance(e, InputError):
-            raise
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise InputError(f"the model fails on images {list(x.shape)} ({reason}); it must map float images [B,3,H,W] to logits [B,K]") from e
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-        found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise InputError(f"the model answers one image with {found}; it must map float images [B,3,H,W] to logits [B,K]")
-    return logits.shape[1]
-
-
-@torch.no_grad()
-def _confidence(model: nn.Module, outcome: Outcome) -> list[float]:
-    """The probability of what was predicted of the attacked images; a random model's is the mean of several calls."""
-    calls = [model(outcome.x_adv).float().softmax(1) for _ in range(_calls(model))]
-    mean = torch.stack(calls).mean(0)
-    return mean.gather(1, outcome.prediction.clamp_min(0).unsqueeze(1)).squeeze(1).nan_to_num().tolist()
-
-
-class Seen(NamedTuple):
-    """What a detector made of attacked images, one entry each; None where there is no detector or nothing to tell."""
-
-    scores: list[Any]
-    alarms: list[Any]
-    auroc: list[Any]
-    pointing: list[Any]
-    overlap: list[Any]
-
-
-@torch.no_grad()
-def _detection(model: nn.Module, outcome: Outcome, local: bool) -> Seen:
-    """Anomaly scores, decisions and (for local attacks) localisation of the attacked images.
-
-    A random detector is asked as often as a random classifier: mean score and map, and what most calls decide.
-    """
-    nothing: list[Any] = [None] * len(outcome.x)
-    detector = detector_of(model)
-    if detector is None:
-        return Seen(*[nothing] * 5)
-    calls = [detector.analyze(outcome.x_adv) for _ in range(_calls(model))]
-    scores, alarms, maps = (
-        sum(getattr(call, name).float() for call in calls) / len(calls) for name in ("anomaly_score", "detected", "anomaly_map")
-    )
-    changed = changed_pixels(outcome.x_adv, outcome.x)
-    where = (map_auroc(maps, changed), pointing_game(maps, changed), iou(maps, changed, ALARMED)) if local else [nothing] * 3
-    return Seen(scores.tolist(), (alarms > 0.5).tolist(), *where)
-
-
-def _calls(model: nn.Module) -> int:
-    return RESCORE_DRAWS if is_stochastic(model) else 1
 
 
 def hash_of(attack: Attack | None) -> str:
