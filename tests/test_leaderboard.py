@@ -1,8 +1,8 @@
 """An entry without its evidence fails the check, whatever is missing."""
 
 import json
-import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from amsdn.evaluation.protocol import EFFORTS, VERSION, Protocol
-from amsdn.records import canonical
+from amsdn.records import EvalRecord, canonical
 from tests.test_results import load
 
 Entry = dict[str, Any]
@@ -103,10 +103,10 @@ def test_the_page_ranks_by_the_worst_case_and_strikes_out_what_cannot_be_believe
 
 
 def test_a_run_without_a_protocol_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from evaluation.report_toys import write_run
-
     monkeypatch.setattr(SCRIPT, "BOARD", tmp_path / "board")
-    folder = write_run(tmp_path / "run")
-    assert SCRIPT.main(["add", str(folder), "toy"]) == 2
+    row = EvalRecord(0, "clean", 0, "clean", "clean", 0.0, 0.0, 0, 0, True, 1.0, 1, 0, None, None, None)
+    (tmp_path / "eval.jsonl").write_text(json.dumps(asdict(row)) + "\n")
+    (tmp_path / "run.json").write_text(json.dumps({"data": {"name": "toy", "split": "test", "classes": ["a", "b"]}}))
+    assert SCRIPT.main(["add", str(tmp_path), "toy"]) == 2
     assert "was not made by a protocol" in capsys.readouterr().err
-    shutil.rmtree(folder)
+    assert not (tmp_path / "board").exists()
