@@ -104,8 +104,9 @@ def test_a_model_that_cannot_be_evaluated_is_refused_before_its_cost_is_reckoned
     body: str, says: str, amsdn: Shell, arrays: Path, tmp_path: Path
 ) -> None:
     source = f"from torch import nn\n\nclass Odd(nn.Module):\n    def forward(self, x):\n        {body}\n"
-    (tmp_path / "odd_model.py").write_text(source)
-    outcome = amsdn("evaluate", "--protocol", "quick", "--data", f"arrays:{arrays}", "--model", "odd_model:Odd", "--out", tmp_path / "out")
+    module = f"odd_model_{says.strip('[]')}"  # a name of its own: this process remembers modules
+    (tmp_path / f"{module}.py").write_text(source)
+    outcome = amsdn("evaluate", "--protocol", "quick", "--data", f"arrays:{arrays}", "--model", f"{module}:Odd", "--out", tmp_path / "out")
     assert outcome.code == 2, outcome
     assert outcome.out == ""
     assert outcome.err.count("\n") == 1
