@@ -243,13 +243,20 @@ def _pointing(rows: Sequence[EvalRecord], confidence: float) -> dict[str, Any]:
 def _rejecting(table: Table, family: str, budget: float, confidence: float) -> list[dict[str, Any]] | None:
     """For each of FPRS, the threshold that rejects at most that share of the clean images, and with it: kept (clean images right and not
     rejected) and safe (images that no attack turns wrong without being rejected; those wrong and accepted clean are not). None without a detector.
+
+    Attacks that evade aim just below the detector's own alarm, and would have aimed lower at a lower threshold. So none is judged at a lower one than theirs:
+    that would count as rejected what merely was not aimed at it.
     """
     scores = _scores(table.clean)
+    own = max(
+        (row.anomaly_score for rows in table.rows.values() for row in rows if row.anomaly_score is not None and not row.detected),
+        default=0.0,
+    )
     if len(scores) < len(table.clean):
         return None
     found = []
     for fpr in FPRS:
-        threshold = threshold_at_fpr(scores, fpr)
+        threshold = max(threshold_at_fpr(scores, fpr), own)
         deceived = table.deceived(family, budget, threshold)
         if deceived is None:
             return None

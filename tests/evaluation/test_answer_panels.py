@@ -71,19 +71,19 @@ def test_every_class_is_shown_once_worst_first(classes: int, tmp_path: Path) -> 
 
 def test_right_or_rejected_counts_what_no_attack_gets_past_the_threshold(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    # Clean scores are .01 i, so nothing above .19 is kept at 1 % and one image in twenty is rejected at 5 %; successful attacks score .9.
+    # Clean scores are .01 i, successful attacks score .9, and the detector's own alarm is above .19: no threshold below that is judged.
     rows = {row.key: row for row in headline_rows(load_runs({"toy": folder}))}
     at_one, at_five = rows["rejecting:patch:0.01"], rows["rejecting:patch:0.05"]
     assert at_one.cells[0]
     assert at_five.cells[0]
     assert at_one.cells[0].value == 19 / 20  # all but sample 19, wrong without an attack
-    assert at_five.cells[0].value == 1.0  # which 5 % of false alarms reject
+    assert at_five.cells[0].value == 19 / 20  # 5 % of false alarms would reject it, and attacks would aim lower
     assert at_one.note == at_five.note == "right and kept when clean: 95.0\u00a0%"
     add_evasion(folder)  # breaks 0 to 4 and scores 0 on all but the first
     [again] = load_runs({"toy": folder})
     cell = next(row.cells[0] for row in headline_rows([again]) if row.key == "rejecting:patch:0.05")
     assert cell
-    assert cell.value == 16 / 20
+    assert cell.value == 15 / 20
 
 
 def test_rejection_is_compared_only_where_the_same_attacks_evade(tmp_path: Path) -> None:

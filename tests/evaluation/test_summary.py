@@ -103,16 +103,22 @@ def test_worst_cases_against_brute_force(samples: list[tuple[bool, ...]], shuffl
 
 def test_rejection_by_hand() -> None:
     """Twenty clean scores: at 5 % one may be rejected, at 1 % none; under attack sample 0 is right, 1 to 3 wrong with growing scores."""
-    clean = [eval_row(i, correct=i != 19, anomaly_score=i / 100, detected=False) for i in range(20)]
+    clean = [eval_row(i, correct=i != 19, anomaly_score=i / 100, detected=i > 18) for i in range(20)]
     scores = {1: 0.1, 2: 0.185, 3: 0.5}
     attacked = [
-        eval_row(i, "a5", correct=i not in (1, 2, 3, 19), family="sparse", budget=5.0, anomaly_score=scores.get(i, 0.0), detected=False)
+        eval_row(i, "a5", correct=i not in (1, 2, 3, 19), family="sparse", budget=5.0, anomaly_score=s, detected=s > 0.18)
         for i in range(20)
+        for s in (scores.get(i, 0.0),)
     ]
     strict, usual = summarise(clean + attacked)["threats"][0]["rejecting"]
     assert (strict["fpr"], strict["threshold"], usual["fpr"], usual["threshold"]) == (0.01, 0.19, 0.05, 0.18)
     assert (count(strict["kept"]), count(usual["kept"])) == ((19, 20), (19, 20))  # the clean image that is rejected is wrong anyway
     assert (count(strict["safe"]), count(usual["safe"])) == ((17, 20), (18, 20))  # 19 is wrong clean: at 1 % it is accepted
+    higher = [
+        replace(row, detected=(row.anomaly_score or 0) > 0.3) for row in clean + attacked
+    ]  # attacks aimed below .3: none is judged below
+    at_5 = summarise(higher)["threats"][0]["rejecting"][1]
+    assert (at_5["threshold"], count(at_5["safe"])) == (0.19, (17, 20))
     without = summarise([replace(row, anomaly_score=None) for row in clean + attacked])
     assert without["threats"][0]["rejecting"] is None
 
